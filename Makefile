@@ -1,0 +1,81 @@
+# Grow a language model in depth. Two commands do all the set-up: `make upscale` and `make test`.
+#
+#   make upscale MODEL=mistral-7b OUT=solar-10.7b PLAN=dus:8
+
+# MODEL: directory of the base model; empty: a small one is made at out/base.   OUT: directory to write.
+# PLAN: dus:M, idus:M:G, stack, expand:GROUPS:TOP, slices:0-24,8-32, copy, or a JSON file.
+# NPROC: processes that work side by side.   ARGS: more flags for the command, such as ARGS=--dry-run.
+# PYTHON: an interpreter to use as it is; empty: that of the active environment or, without one, of .venv, which is made.
+MODEL  ?=
+OUT    ?= out/solar
+PLAN   ?= dus
+NPROC  ?= 1
+ARGS   ?=
+PYTHON ?=
+
+# conda's base environment is active in every shell that conda has touched: that is no choice of an environment.
+ACTIVE := $(or $(VIRTUAL_ENV),$(if $(filter-out base,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX)))
+ifeq ($(PYTHON)$(ACTIVE),)
+  PY    := .venv/bin/python
+  READY := .venv/ready
+  TESTS := .venv/ready-dev
+else
+  PY    := $(or $(PYTHON),python)
+  READY := check
+  TESTS := check-dev
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help setup upscale test test-full clean check check-dev
+
+help:  ## this list
+	@echo "usage: make TARGET [MODEL=DIR] [OUT=DIR] [PLAN=dus:8] [NPROC=N] [PYTHON=python3] [ARGS=...]"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' Makefile
+
+setup: $(READY)  ## make .venv with what requirements.txt pins; in an environment of your own, only check it
+	@$(PY) -c 'import sys, torch; print(f"{sys.executable}: Python {sys.version.split()[0]}, torch {torch.__version__}")'
+
+upscale: $(READY)  ## the main job: grow MODEL by PLAN and write it to OUT
+ifeq ($(MODEL),)
+	@[ -e out/base/config.json ] || $(PY) -m solar.base --out out/base
+endif
+	@$(PY) -m solar.upscale --model "$(or $(MODEL),out/base)" --out "$(OUT)" --plan "$(PLAN)" $(ARGS)
+	@echo
+ifeq ($(PYTHON)$(ACTIVE),)
+	@echo "activate the environment:  source .venv/bin/activate"
+endif
+	@echo 'then try the model:        $(if $(PYTHON),$(PYTHON),python) generate.py$(if $(filter-out out/solar,$(OUT)), --model "$(OUT)") --prompt "Once upon a time"'
+
+test: $(TESTS)  ## every check that a CPU can run; before each commit, and in CI
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
+	@$(PY) -m pytest -m "not slow" $(ARGS)
+
+test-full: $(TESTS)  ## the same with the long counts
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
+	@$(PY) -m pytest $(ARGS)
+
+clean:  ## remove .venv; what you made under out/ stays
+	rm -rf .venv
+
+.venv/bin/python:
+	@python3 -c 'import sys; sys.exit(f"error: Python 3.11 or newer is needed, python3 is {sys.version.split()[0]}; give PYTHON=..." if sys.version_info < (3, 11) else 0)'
+	@echo "making .venv (Python packages: torch, numpy, sentencepiece, safetensors, triton)"
+	@python3 -m venv .venv
+
+.venv/ready: requirements.txt .venv/bin/python
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.venv/ready-dev: requirements-dev.txt .venv/ready
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+# An environment of the user's own is never changed, only looked at.
+lacking = @$(PY) -c 'import sys, importlib.util as find; lack = [name for name in sys.argv[2:] if not find.find_spec(name)]; \
+  sys.exit(f"error: {sys.executable} lacks {\", \".join(lack)}: run  {sys.executable} -m pip install -r {sys.argv[1]}" if lack else 0)'
+
+check:
+	$(lacking) requirements.txt torch numpy sentencepiece safetensors
+
+check-dev: check
+	$(lacking) requirements-dev.txt pytest hypothesis ruff

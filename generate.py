@@ -1,0 +1,227 @@
+"""Text from a model: `python generate.py --prompt "The meaning of life is"`.
+
+Continues a prompt (an argument, standard input, or a file of prompts as one batch), or chats with an instruction-tuned
+model. `--plan dus:8` tries an up-scaling on the base's own weights, without writing it.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from kernels import CHOICES, select
+from solar import cli
+from solar.checkpoint import load_model
+from solar.model import Transformer
+from solar.plan import GRAMMAR
+from solar.sampling import generate
+from solar.tokenizer import TEMPLATES, StreamDecoder, Tokenizer, encode_prompt
+
+
+@dataclass
+class Options:
+    prompt: str | None = cli.flag(None, help="text to continue (default: standard input)", metavar="TEXT")
+    prompts: str | None = cli.flag(None, help="file with a prompt on each line, continued as one batch", metavar="FILE")
+    chat: bool = cli.flag(False, help="put the prompt into a chat template; without a prompt, a conversation")
+    template: Literal[*TEMPLATES] = cli.flag("solar", help="the template of --chat")
+    system: str = cli.flag("", help="system message of --chat", metavar="TEXT")
+    model: str = cli.flag("out/solar", help="model directory", metavar="DIR")
+    plan: str | None = cli.flag(None, help=f"up-scale while loading, layers sharing memory: {GRAMMAR}")
+    device: str = cli.flag("auto", help="cpu, cuda, cuda:1, mps; auto: cuda where there is one")
+    dtype: str | None = cli.flag(None, help="bfloat16, float16 or float32 (default: as stored)")
+    max_new_tokens: int = cli.flag(128, help="stop after so many tokens", metavar="N")
+    temperature: float = cli.flag(0.0, help="0 takes the likeliest token", metavar="X")
+    top_k: int | None = cli.flag(None, help="draw among the K likeliest tokens", metavar="K")
+    top_p: float | None = cli.flag(None, help="draw among the likeliest tokens that reach P together", metavar="P")
+    min_p: float | None = cli.flag(None, help="draw among tokens at least P times as likely as the likeliest", metavar="P")
+    repetition_penalty: float = cli.flag(1.0, help="above 1 makes tokens that stand already less likely", metavar="X")
+    stop: list[str] = cli.flag([], help="end at any of these texts, which are not printed", metavar="TEXT")
+    seed: int | None = cli.flag(None, help="for the same draw every time")
+    no_echo: bool = cli.flag(False, help="print only what is new, without the prompt before it")
+    kernels: Literal[CHOICES] = cli.flag("auto", help="which form of the kernels runs")
+
+
+class StopAt:
+    """Lets text through up to the first of some stop texts, and keeps back what may be the beginning of one."""
+
+    def __init__(self, stops: list[str]):
+        self.stops, self.held, self.met = [stop for stop in stops if stop], "", False
+
+    def push(self, text: str, last: bool = False) -> str:
+        self.held += text
+        found = [at for stop in self.stops if (at := self.held.find(stop)) >= 0]
+        if found:
+            self.met = True
+            return self.held[: min(found)]
+        keep = 0 if last else max((_overlap(self.held, stop) for stop in self.stops), default=0)
+        ready, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+        return ready
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of `text` begin `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+@dataclass
+class Session:
+    """A loaded model with its tokenizer, and the settings of this run."""
+
+    options: Options
+    model: Transformer
+    tokenizer: Tokenizer
+    eos: set[int] = field(default_factory=set)
+
+    def run(self, prompts: list[list[int]], emit: Callable[[int, str], None]) -> str:
+        """Continue prompts; emit(row, text) receives the text of each as it is made. Returns the line of figures."""
+        options = self.options
+        room = self.model.config.max_position_embeddings - max(map(len, prompts), default=0)
+        max_new_tokens = min(options.max_new_tokens, room)
+        if 0 < room < options.max_new_tokens:
+            context = self.model.config.max_position_embeddings
+            print(f"note: room for {room} new tokens in the context of {context}", file=sys.stderr)
+        decoders = [StreamDecoder(self.tokenizer, prompt) for prompt in prompts]
+        gates = [StopAt(options.stop) for _ in prompts]
+        times: list[float] = []
+
+        def on_token(row: int, token: int) -> bool:
+            times.append(time.perf_counter())
+            if text := gates[row].push(decoders[row].push(token)):
+                emit(row, text)
+            return gates[row].met
+
+        start = time.perf_counter()
+        new = generate(
+            self.model,
+            prompts,
+            max(max_new_tokens, 1),
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            min_p=options.min_p,
+            repetition_penalty=options.repetition_penalty,
+            eos_id=sorted(self.eos),
+            seed=options.seed,
+            on_token=on_token,
+        )
+        for row, (decoder, gate) in enumerate(zip(decoders, gates, strict=True)):
+            if not gate.met and (text := gate.push(decoder.flush(), last=True)):
+                emit(row, text)
+        figures = [f"prompt {sum(map(len, prompts))} tokens", f"new {sum(map(len, new))} tokens"]
+        if times:
+            figures.append(f"first token {times[0] - start:.2f} s")
+        steps = max(map(len, new)) - 1
+        if steps > 0 and (seconds := times[-1] - times[0]) > 0:
+            figures.append(f"{(len(times) - sum(map(bool, new))) / seconds:.1f} tokens/s")
+            figures.append(f"{steps * weight_bytes(self.model) / seconds / 1e9:.1f} GB/s of weights read")
+        return ", ".join(figures)
+
+
+def print_figures(figures: str) -> None:
+    sys.stdout.flush()  # so that a terminal shows them last
+    print(figures, file=sys.stderr)
+
+
+def weight_bytes(model: Transformer) -> int:
+    """Bytes of weights that one decoding step reads: every layer as often as it stands in the plan, and the head."""
+    parts = [*model.model.layers, model.model.norm, model.lm_head if hasattr(model, "lm_head") else model.model.embed_tokens]
+    return sum(parameter.nbytes for part in parts for parameter in part.parameters())
+
+
+def load(options: Options) -> Session:
+    if options.model == Options.model and not Path(options.model).exists():
+        raise FileNotFoundError(f"{options.model} does not exist yet: `make upscale` makes it, or give --model DIR")
+    device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
+    select(options.kernels)
+    tokenizer = Tokenizer(options.model)
+    model = load_model(options.model, dtype=options.dtype, device=device, plan=options.plan)
+    ends = model.config.eos_token_id
+    eos = set(ends) if isinstance(ends, tuple) else {ends}
+    return Session(options, model, tokenizer, (eos | {tokenizer.eos_id}) - {None})
+
+
+def complete(session: Session, texts: list[str]) -> None:
+    """Continue plain texts: one is streamed, several are printed in order when all are done."""
+    options, tokenizer = session.options, session.tokenizer
+    prompts = [tokenizer.encode(text, bos=tokenizer.adds_bos) for text in texts]
+    prompts = [ids or [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None][:1] for ids in prompts]
+    if len(texts) == 1:
+        sys.stdout.write("" if options.no_echo else texts[0])
+        figures = session.run(prompts, lambda _, text: print(text, end="", flush=True))
+        print()
+    else:
+        results: list[list[str]] = [[] for _ in texts]
+        figures = session.run(prompts, lambda row, text: results[row].append(text))
+        for text, result in zip(texts, results, strict=True):
+            print(("" if options.no_echo else text) + "".join(result))
+    print_figures(figures)
+
+
+def chat(session: Session, message: str | None) -> None:
+    """One answer to `message`, or a conversation: each line of standard input is a turn, until it ends."""
+    options = session.options
+    messages = [{"role": "system", "content": options.system}] if options.system else []
+    talking = message is None
+    if talking and sys.stdin.isatty():
+        print("Each line is a message; Ctrl-D ends.", file=sys.stderr)
+    while True:
+        if talking:
+            try:
+                message = input("> " if sys.stdin.isatty() else "")
+            except EOFError:
+                return
+            if not message.strip():
+                continue
+        messages.append({"role": "user", "content": message})
+        answer: list[str] = []
+
+        def emit(_: int, text: str, answer=answer) -> None:
+            answer.append(text)
+            print(text, end="", flush=True)
+
+        figures = session.run([encode_prompt(session.tokenizer, options.template, messages)], emit)
+        print()
+        print_figures(figures)
+        if not talking:
+            return
+        messages.append({"role": "assistant", "content": "".join(answer)})
+
+
+def main() -> None:
+    options = cli.parse(Options, prog="generate.py", description="Continue a text, or chat, with a model.")
+    if options.prompt is not None and options.prompts is not None:
+        raise ValueError("give --prompt or --prompts, not both")
+    if options.chat and options.prompts is not None:
+        raise ValueError("--chat takes --prompt or standard input, not --prompts")
+    texts = [options.prompt] if options.prompt is not None else None
+    if options.prompts is not None:
+        texts = [line for line in Path(options.prompts).read_text(encoding="utf-8").splitlines() if line]
+        if not texts:
+            raise ValueError(f"{options.prompts}: no prompt in it")
+    elif texts is None and not options.chat:
+        if sys.stdin.isatty():
+            print("Reading the prompt from standard input; Ctrl-D ends it.", file=sys.stderr)
+        texts = [sys.stdin.read().removesuffix("\n")]
+    session = load(options)
+    try:
+        if options.chat:
+            chat(session, texts[0] if texts else None)
+        else:
+            complete(session, texts)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"out of memory on {options.device}: {str(error).splitlines()[0]} Try --dtype bfloat16, a smaller "
+            "--max-new-tokens, or --device cpu"
+        ) from None
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,117 @@
+"""The operations a decoder is made of, each in several forms that compute the same thing, and the switch between them.
+
+    reference   the specification: the formula written out, for reading and as the oracle of every test
+    torch       PyTorch's own fused operators
+    triton      kernels written here, for a GPU
+
+One file an operation: formula, reference, then the fast forms. Callers never say which form runs; `select` does:
+
+    kernels.select("auto")                      # the fastest form there is for the device a tensor is on
+    y = kernels.rmsnorm(x, weight, eps)
+"""
+
+import sys
+from collections.abc import Callable
+
+from torch import Tensor
+
+from kernels.attention import attention_reference, attention_torch
+from kernels.logprobs import label_logprobs_reference, label_logprobs_torch
+from kernels.rmsnorm import add_rmsnorm_reference, add_rmsnorm_torch, rmsnorm_reference, rmsnorm_torch
+from kernels.rotary import rotary_reference
+from kernels.swiglu import swiglu_reference, swiglu_torch
+
+CHOICES = ("auto", "triton", "torch", "reference")
+
+# Which forms each operation has. The first one of the order of preference that exists is taken.
+_FORMS: dict[str, dict[str, Callable]] = {
+    "rmsnorm": {"torch": rmsnorm_torch, "reference": rmsnorm_reference},
+    "add_rmsnorm": {"torch": add_rmsnorm_torch, "reference": add_rmsnorm_reference},
+    "rotary": {"reference": rotary_reference},
+    "attention": {"torch": attention_torch, "reference": attention_reference},
+    "swiglu": {"torch": swiglu_torch, "reference": swiglu_reference},
+    "label_logprobs": {"torch": label_logprobs_torch, "reference": label_logprobs_reference},
+}
+_PREFERENCE = {
+    "triton": ("triton", "torch", "reference"),
+    "torch": ("torch", "reference"),
+    "reference": ("reference",),
+}
+_choice = "auto"
+
+
+def select(choice: str = "auto") -> str:
+    """Choose the form that every operation takes from now on; returns the choice before. ValueError for an unknown one.
+
+    Prints one line on stderr when an operation has no form of the kind that was asked for, and which one it takes instead.
+    """
+    global _choice
+    if choice not in CHOICES:
+        raise ValueError(f"kernels: {choice!r} is not one of {', '.join(CHOICES)}")
+    if choice == "triton":
+        lacking = [name for name, forms in _FORMS.items() if "triton" not in forms]
+        if lacking:
+            print(f"kernels: no triton form of {', '.join(lacking)}; torch's own runs instead", file=sys.stderr)
+    before, _choice = _choice, choice
+    return before
+
+
+def _form(name: str, x: Tensor) -> Callable:
+    choice = ("triton" if x.is_cuda else "torch") if _choice == "auto" else _choice
+    forms = _FORMS[name]
+    return next(forms[kind] for kind in _PREFERENCE[choice] if kind in forms)
+
+
+def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """(..., D), (D,) -> (..., D): see kernels/rmsnorm.py."""
+    return _form("rmsnorm", x)(x, weight, eps)
+
+
+def add_rmsnorm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(..., D) twice, (D,) -> rmsnorm(residual + x) and residual + x: see kernels/rmsnorm.py."""
+    return _form("add_rmsnorm", x)(x, residual, weight, eps)
+
+
+def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, H, T, E), (B, K, T, E), (B or 1, T, E/2) twice -> q and k turned: see kernels/rotary.py."""
+    return _form("rotary", q)(q, k, cos, sin)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int | None = None,
+    document_ids: Tensor | None = None,
+    key_document_ids: Tensor | None = None,
+) -> Tensor:
+    """(B, H, T, E), (B, K, S, E) twice -> (B, H, T, E), causal, aligned bottom-right: see kernels/attention.py.
+
+    document_ids (B, T) and key_document_ids (B, S) come together or not at all; ValueError for shapes that do not fit.
+    """
+    (B, H, T, E), (_, K, S, _) = q.shape, k.shape
+    if k.shape != (B, K, S, E) or v.shape != k.shape or H % K or T > S:
+        raise ValueError(
+            f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit: expected (B, H, T, E) and "
+            "twice (B, K, S, E) with H a multiple of K and T at most S"
+        )
+    if (document_ids is None) != (key_document_ids is None):
+        raise ValueError("attention: document_ids and key_document_ids come together")
+    if document_ids is not None and (document_ids.shape != (B, T) or key_document_ids.shape != (B, S)):
+        raise ValueError(
+            f"attention: document_ids {tuple(document_ids.shape)} and key_document_ids {tuple(key_document_ids.shape)} "
+            f"must be {(B, T)} and {(B, S)}"
+        )
+    if window is not None and window < 1:
+        raise ValueError(f"attention: window {window} must be at least 1")
+    return _form("attention", q)(q, k, v, window, document_ids, key_document_ids)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """(..., F), (..., F) -> (..., F): see kernels/swiglu.py."""
+    return _form("swiglu", gate)(gate, up)
+
+
+def label_logprobs(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """(N, D), (V, D), (N,) -> (N,) fp32 log-probability of each label, 0 where it is -100: see kernels/logprobs.py."""
+    return _form("label_logprobs", x)(x, weight, labels)

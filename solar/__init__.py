@@ -1,0 +1,16 @@
+"""SOLAR 10.7B, from scratch: depth up-scaling of Mistral-7B in plain PyTorch.
+
+The reading order of this repository:
+
+1. `solar/config.py`      what a model's shape is: the fields of config.json
+2. `kernels/`             what each layer computes: formula first, then the fast forms
+3. `solar/model.py`       one forward pass, in one file
+4. `solar/plan.py`        depth up-scaling as data: which layer of the base stands where
+5. `solar/checkpoint.py`  model directories: names, layouts, reading lazily, writing safely
+6. `solar/upscale.py`     one streaming copy that carries out a plan
+7. `solar/tokenizer.py`   text to ids and back; prompt templates
+8. `solar/sampling.py`    prefill, decode, choose
+9. `generate.py`          the command that puts them together
+
+Arrows between modules point down only; tests/test_layout.py holds the table against the imports.
+"""

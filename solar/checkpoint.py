@@ -1,0 +1,350 @@
+"""Model directories: which layout it is, which tensor is where, and a `Transformer` from them or into them.
+
+Three layouts are read. Hugging Face's: `config.json` beside `model.safetensors`, or shards with an index, or the older
+`pytorch_model*.bin`. Mistral's releases: `params.json` beside `consolidated.safetensors` or `consolidated.*.pth`. The first
+is what is written. Both may lie in one folder, so files are never globbed for: the config or the index names them.
+
+Everything about a directory is checked before the first weight is used, and every problem is reported at once.
+"""
+
+import json
+import shutil
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from solar.cli import publish
+from solar.config import ModelConfig
+from solar.model import DecoderLayer, Transformer
+from solar.plan import ZEROED_IN_IDENTITY, Plan, parse_plan
+from solar.tensorfile import (
+    StoredTensor,
+    TensorToWrite,
+    map_file,
+    parse_json,
+    read_safetensors_header,
+    read_torch_archive,
+    write_bytes,
+    write_shards,
+)
+
+DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
+
+# Mistral release name -> Hugging Face name; `{}` is the layer. Queries and keys also differ in the order of their rows.
+MISTRAL_NAMES = {
+    "tok_embeddings.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+    "layers.{}.attention_norm.weight": "model.layers.{}.input_layernorm.weight",
+    "layers.{}.ffn_norm.weight": "model.layers.{}.post_attention_layernorm.weight",
+    "layers.{}.attention.wq.weight": "model.layers.{}.self_attn.q_proj.weight",
+    "layers.{}.attention.wk.weight": "model.layers.{}.self_attn.k_proj.weight",
+    "layers.{}.attention.wv.weight": "model.layers.{}.self_attn.v_proj.weight",
+    "layers.{}.attention.wo.weight": "model.layers.{}.self_attn.o_proj.weight",
+    "layers.{}.feed_forward.w1.weight": "model.layers.{}.mlp.gate_proj.weight",
+    "layers.{}.feed_forward.w3.weight": "model.layers.{}.mlp.up_proj.weight",
+    "layers.{}.feed_forward.w2.weight": "model.layers.{}.mlp.down_proj.weight",
+}
+
+# Copied byte for byte beside written weights: tokenizers and generation settings, never re-serialised.
+COMPANIONS = (
+    "tokenizer.model tokenizer.model.v* tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json "
+    "vocab.json merges.txt chat_template.* generation_config.json LICENSE*"
+).split()
+
+# Rotary frequencies that older writers stored with the weights; they follow from the config.
+DERIVED = ("rotary_emb.inv_freq", "rope.freqs")
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Where a tensor of the model comes from. `rotary_heads`: its rows stand in the release's interleaved rotary order."""
+
+    stored: StoredTensor
+    rotary_heads: int | None = None
+
+    def reorder(self, tensor: Tensor) -> Tensor:
+        """The stored tensor as the model wants it: rows that turn together, adjacent in a release, go half a head apart."""
+        if self.rotary_heads is None:
+            return tensor
+        return tensor.unflatten(0, (self.rotary_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
+class CheckpointReader:
+    """What is in a model directory, checked, with no weight read yet.
+
+    config: ModelConfig; weights: Hugging Face name -> Weight, for exactly the tensors that the config implies; dtype: that of
+    most parameters; files: those that hold the weights; layout: "safetensors", "bin" or "mistral".
+
+    Raises FileNotFoundError for a path that is no model directory, and ValueError listing every other problem.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if not self.path.is_dir():
+            what = "is not a directory" if self.path.exists() else "no such directory"
+            raise FileNotFoundError(f"{path}: {what}; a model is a directory with config.json or params.json")
+        self.layout, index = self._detect()
+        config_file = self.path / ("params.json" if self.layout == "mistral" else "config.json")
+        raw = parse_json(config_file.read_bytes(), config_file)
+        try:
+            self.config = ModelConfig.from_mistral(raw) if self.layout == "mistral" else ModelConfig.from_hf(raw)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{config_file}: {error}") from None
+
+        self._problems: list[str] = []
+        self.files = self._read_index(index) if isinstance(index, Path) else {name: None for name in index}
+        stored = self._read_headers()
+        self.weights = self._name(stored)
+        self._check()
+        if self._problems:
+            lines = self._problems if len(self._problems) == 1 else ["", *(f"  - {line}" for line in self._problems)]
+            raise ValueError(f"{self.path}: " + "\n".join(lines))
+        sizes: Counter[torch.dtype] = Counter()
+        for weight in self.weights.values():
+            sizes[weight.stored.dtype] += weight.stored.numel
+        self.dtype = max(sizes, key=sizes.__getitem__)
+        self._mapped: dict[Path, Tensor] = {}
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor by its Hugging Face name: a view of the mapped file, or a copy where its rows had to be reordered."""
+        weight = self.weights[name]
+        path = weight.stored.path
+        if path not in self._mapped:
+            self._mapped[path] = map_file(path)
+        return weight.reorder(weight.stored.view(self._mapped[path]))
+
+    # -------------------------------------------------------------------------------------------- finding
+
+    def _detect(self) -> tuple[str, Path | list[str]]:
+        """The layout, and either the index file or the names of the files that hold the weights."""
+        here = lambda name: (self.path / name).is_file()
+        if here("config.json"):
+            for layout, stem in (("safetensors", "model.safetensors"), ("bin", "pytorch_model.bin")):
+                if here(f"{stem}.index.json"):
+                    return layout, self.path / f"{stem}.index.json"
+                if here(stem):
+                    return layout, [stem]
+        if here("params.json"):
+            if here("consolidated.safetensors"):
+                return "mistral", ["consolidated.safetensors"]
+            if parts := sorted(file.name for file in self.path.glob("consolidated.*.pth")):
+                return "mistral", parts
+        if here("config.json") or here("params.json"):
+            wanted = "model.safetensors, pytorch_model.bin (or their .index.json), consolidated.safetensors or consolidated.*.pth"
+            raise FileNotFoundError(f"{self.path}: a config but no weights; looked for {wanted}")
+        raise FileNotFoundError(f"{self.path}: no config.json and no params.json: not a model directory")
+
+    def _read_index(self, index: Path) -> dict[str, set[str]]:
+        """Shard -> the tensors that the index puts there. A shard is a plain name of a file in the directory."""
+        content = parse_json(index.read_bytes(), index)
+        weight_map = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{index}: no weight_map in it")
+        shards: dict[str, set[str]] = {}
+        for tensor, shard in weight_map.items():
+            if not isinstance(shard, str) or shard in ("", ".", "..") or set(shard) & set("/\\\0"):
+                raise ValueError(f"{index}: {tensor} is put into {shard!r}, which is not a plain file name")
+            shards.setdefault(shard, set()).add(tensor)
+        return shards
+
+    def _read_headers(self) -> dict[str, StoredTensor]:
+        stored: dict[str, StoredTensor] = {}
+        for file_name, expected in self.files.items():
+            path = self.path / file_name
+            if not path.is_file():
+                self._problems.append(f"{file_name}: named in the index, but there is no such file")
+                continue
+            try:
+                read = read_safetensors_header if file_name.endswith(".safetensors") else read_torch_archive
+                found = read(path)
+            except ValueError as error:
+                self._problems.append(str(error))
+                continue
+            if expected is not None and found.keys() != expected:
+                self._list("not in", file_name, "though the index says so", expected - found.keys())
+                self._list("in", file_name, "but not in the index's entries for it", found.keys() - expected)
+            self._list("in", file_name, "and in another file too", found.keys() & stored.keys())
+            stored |= found
+        return stored
+
+    def _name(self, stored: dict[str, StoredTensor]) -> dict[str, Weight]:
+        """Hugging Face name -> weight; a name that is not known stays as it is, to be reported."""
+        stored = {name: tensor for name, tensor in stored.items() if not name.endswith(DERIVED)}
+        if self.layout != "mistral":
+            return {name: Weight(tensor) for name, tensor in stored.items()}
+        heads = {"wq": self.config.num_attention_heads, "wk": self.config.num_key_value_heads}
+        weights = {}
+        for name, tensor in stored.items():
+            parts = name.split(".")
+            layer = parts[1] if parts[0] == "layers" and len(parts) > 2 and parts[1].isdecimal() else None
+            known = MISTRAL_NAMES.get(name if layer is None else ".".join(["layers", "{}", *parts[2:]]))
+            rotary_heads = heads.get(parts[-2]) if known and len(parts) > 2 else None
+            weights[known.format(layer) if known else name] = Weight(tensor, rotary_heads)
+        return weights
+
+    # -------------------------------------------------------------------------------------------- checking
+
+    def _check(self) -> None:
+        """Compare what is there with what the config implies."""
+        expected = self.config.tensor_shapes()
+        if self.config.tie_word_embeddings and "lm_head.weight" in self.weights:
+            head = self.weights.pop("lm_head.weight").stored  # some writers store a tied head; it must say the same
+            table = self.weights.get("model.embed_tokens.weight")
+            if table is not None and not _same_bytes(head, table.stored):
+                self._problems.append(
+                    "lm_head.weight differs from model.embed_tokens.weight, but the config says tie_word_embeddings: true; "
+                    "set it to false to use both"
+                )
+        incomplete = bool(self._problems)  # a shard that cannot be read explains what is missing
+        found_layers = {int(name.split(".")[2]) for name in self.weights if name.startswith("model.layers.")}
+        if not incomplete and found_layers and len(found_layers) != self.config.num_hidden_layers:
+            self._problems.append(
+                f"the config says num_hidden_layers {self.config.num_hidden_layers}, the files hold {len(found_layers)} layers"
+            )
+        if not incomplete:
+            self._list("missing from", "the files", "the config implies them", expected.keys() - self.weights.keys())
+        self._list("in", "the files", "unknown to this config", self.weights.keys() - expected.keys())
+        for name in expected.keys() & self.weights.keys():
+            stored = self.weights[name].stored
+            if stored.shape != expected[name]:
+                where = f"{name} in {stored.path.name}"
+                self._problems.append(f"{where}: shape {list(stored.shape)}, the config implies {list(expected[name])}")
+            elif stored.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+                kind = f"{name} in {stored.path.name}: dtype {str(stored.dtype).removeprefix('torch.')}"
+                self._problems.append(f"{kind}; only bfloat16, float16 and float32 weights are supported")
+        if len(self._problems) > 20:
+            self._problems[20:] = [f"... and {len(self._problems) - 20} more"]
+
+    def _list(self, relation: str, where: str, comment: str, names: set[str]) -> None:
+        """Report tensors by five names and a count."""
+        if names:
+            ordered = sorted(names, key=natural_order)
+            shown = ", ".join(ordered[:5]) + (f", ... ({len(names)} in all)" if len(names) > 5 else "")
+            self._problems.append(f"{relation} {where}, {comment}: {shown}")
+
+
+def natural_order(name: str) -> list[Any]:
+    """Sort key that puts layer 2 before layer 10."""
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in name.split(".")]
+
+
+def _same_bytes(a: StoredTensor, b: StoredTensor) -> bool:
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    pairs = zip(a.chunks(), b.chunks(), strict=True)
+    return all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in pairs)
+
+
+# ------------------------------------------------------------------------------------------------ loading
+
+
+def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """bfloat16, float16, float32, or bf16, fp16, fp32; None stays None. Raises ValueError for anything else."""
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    short = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+    full = short.get(dtype, dtype)
+    if full not in short.values():
+        raise ValueError(f"dtype {dtype!r} is not one of bfloat16, float16, float32")
+    return getattr(torch, full)
+
+
+def load_model(
+    path: str | Path,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    plan: str | Plan | None = None,
+) -> Transformer:
+    """A Transformer with the weights of a model directory: Hugging Face's layout or a Mistral release.
+
+    dtype: None keeps the stored one (that of most parameters where they differ). On the CPU, weights that need no cast stay
+    mapped to their files: nothing is read until it is used.
+    plan: up-scale on the way, as text or as a list. Layers that come from the same source are one module and share its
+    memory: for running a plan without writing it, not for training it.
+    Raises FileNotFoundError, and ValueError with every problem of the directory listed.
+    """
+    reader = CheckpointReader(path)
+    config, dtype = reader.config, parse_dtype(dtype) or reader.dtype
+    if plan is not None:
+        plan = parse_plan(plan, config.num_hidden_layers) if isinstance(plan, str) else plan
+        config = config.with_depth(config.num_hidden_layers)  # of the type that the grown model will have
+    with torch.device("meta"):
+        model = Transformer(config)
+    weights = {name: reader.tensor(name).to(device=device, dtype=dtype) for name in reader.weights}
+    model.load_state_dict(weights, assign=True)
+    if plan is not None:
+        share_layers(model, plan)
+    return model
+
+
+def share_layers(model: Transformer, plan: Plan) -> None:
+    """Carry out a plan on a model in place, its layers shared between the positions that they come to stand at."""
+    base = list(model.model.layers)
+    layers = []
+    for source in plan:
+        layer = base[source.layer]
+        if source.init == "identity":
+            with torch.device("meta"):
+                twin = DecoderLayer(model.config)
+            twin.load_state_dict(layer.state_dict(), assign=True)
+            for name, parameter in list(twin.named_parameters()):
+                if name.rpartition(".")[0] in ZEROED_IN_IDENTITY:
+                    owner = twin.get_submodule(name.rpartition(".")[0])
+                    setattr(owner, name.rpartition(".")[2], torch.nn.Parameter(torch.zeros_like(parameter)))
+            layer = twin
+        layers.append(layer)
+    model.model.layers = torch.nn.ModuleList(layers)
+    model.config = replace(model.config, num_hidden_layers=len(plan))
+
+
+# ------------------------------------------------------------------------------------------------ saving
+
+
+def save_model(
+    model: Transformer,
+    path: str | Path,
+    dtype: str | torch.dtype | None = None,
+    force: bool = False,
+    companions: Path | dict[str, bytes] | None = None,
+) -> Path:
+    """Write a model in Hugging Face's layout, whole or not at all; layers that share memory are written each for itself.
+
+    companions: a directory whose tokenizer files are copied along, or the contents of such files by name.
+    Raises FileExistsError if the directory exists and is not empty, unless `force` allows to replace it.
+    """
+    dtype = parse_dtype(dtype)
+    state = model.state_dict()
+    tensors = []
+    for name, shape in model.config.tensor_shapes().items():
+        tensor = state[name]
+        assert tuple(tensor.shape) == shape, f"{name}: {tuple(tensor.shape)}, the config says {shape}"
+        as_stored = lambda t=tensor: t.to(device="cpu", dtype=dtype or t.dtype)
+        write = lambda file, make=as_stored: write_bytes(file, make())
+        tensors.append(TensorToWrite(name, shape, dtype or tensor.dtype, write))
+    stored_as = str(dtype or state["model.embed_tokens.weight"].dtype).removeprefix("torch.")
+    with publish(Path(path), force) as staging:
+        write_shards(staging, tensors, DEFAULT_MAX_SHARD_BYTES)
+        if isinstance(companions, dict):
+            for file_name, content in companions.items():
+                (staging / file_name).write_bytes(content)
+        elif companions is not None:
+            copy_companions(companions, staging)
+        write_config(staging, replace(model.config, torch_dtype=stored_as))
+    return Path(path)
+
+
+def write_config(directory: Path, config: ModelConfig) -> None:
+    (directory / "config.json").write_text(json.dumps(config.to_hf(), indent=2) + "\n", encoding="utf-8")
+
+
+def copy_companions(source: Path, target: Path) -> list[str]:
+    """Copy tokenizer and generation files byte for byte; returns their names."""
+    files = sorted({file for pattern in COMPANIONS for file in source.glob(pattern) if file.is_file()})
+    for file in files:
+        shutil.copyfile(file, target / file.name)
+    return [file.name for file in files]

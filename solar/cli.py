@@ -1,0 +1,218 @@
+"""What every command shares: flags from a dataclass, one-line errors, progress, and directories that appear whole or not at all."""
+
+import argparse
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import glob
+import os
+import shutil
+import sys
+import tempfile
+import time
+import types
+import typing
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+# ------------------------------------------------------------------------------------------------ flags
+
+
+def flag(default=dataclasses.MISSING, *, help: str, metavar: str | None = None, **more):
+    """A dataclass field that becomes `--name`; `default` missing means that the flag is required."""
+    if isinstance(default, list):
+        more["default_factory"], default = default.copy, dataclasses.MISSING
+    return dataclasses.field(default=default, metadata={"help": help, "metavar": metavar}, **more)
+
+
+T = typing.TypeVar("T")
+
+
+def parse(options: type[T], argv: list[str] | None = None, *, prog: str, description: str) -> T:
+    """Fill the dataclass `options` from the command line; argparse exits with code 2 and one line for a wrong flag."""
+    parser = argparse.ArgumentParser(
+        prog=prog, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    hints = typing.get_type_hints(options)
+    for field in dataclasses.fields(options):
+        kwargs = {"help": field.metadata["help"], "dest": field.name}
+        missing = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if missing:
+            kwargs["required"] = True
+        else:
+            default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+            kwargs["default"] = default
+            if default is None or default is False or default in ([], ""):
+                kwargs["help"] += "%(default).0s"  # "(default: None)" tells nobody anything
+        kind = hints[field.name]
+        if isinstance(kind, types.UnionType):  # X | None
+            kind = next(member for member in kind.__args__ if member is not type(None))
+        if kind is bool:
+            kwargs["action"] = "store_true"
+        else:
+            if typing.get_origin(kind) is list:
+                kwargs["nargs"], kind = "+", kind.__args__[0]
+            if typing.get_origin(kind) is typing.Literal:
+                kwargs["choices"], kind = kind.__args__, str
+            kwargs["type"] = kind
+            if "choices" not in kwargs:
+                kwargs["metavar"] = field.metadata["metavar"] or kind.__name__.upper()
+        parser.add_argument("--" + field.name.replace("_", "-"), **kwargs)
+    return options(**vars(parser.parse_args(argv)))
+
+
+# ------------------------------------------------------------------------------------------------ errors
+
+
+def run(main: Callable[[], None]) -> typing.NoReturn:
+    """Call `main` and exit: 0; 2 with one clear line for bad input or a failed write; 130 for Ctrl-C. Bugs keep their traceback."""
+    warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
+    try:
+        main()
+        sys.stdout.flush()
+    except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError):  # `... | head`: the reader has gone, and that is its right
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)
+        print(f"error: {describe(error)}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)
+
+
+def describe(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno is not None:
+        reason = "no space left on the disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
+        return f"{error.filename}: {reason}" if error.filename else f"{reason}"
+    return str(error)
+
+
+# ------------------------------------------------------------------------------------------------ progress
+
+
+def human_bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(count) < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def human_seconds(seconds: float) -> str:
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02} min"
+
+
+class Progress:
+    """Bytes done, rate and time left on stderr: one line that redraws itself on a terminal, a line every 10 s in a log."""
+
+    def __init__(self, label: str, total: int):
+        self.label, self.total, self.done = label, max(total, 1), 0
+        self.start = self.shown = time.monotonic()
+        self.live = sys.stderr.isatty()
+
+    def advance(self, count: int) -> None:
+        self.done += count
+        now = time.monotonic()
+        if now - self.shown >= (0.1 if self.live else 10.0):
+            self.shown = now
+            self._show(now)
+
+    def close(self) -> None:
+        if self.live or self.shown != self.start:
+            self._show(time.monotonic(), end="\n")
+
+    def _show(self, now: float, end: str = "") -> None:
+        rate = self.done / max(now - self.start, 1e-9)
+        left = human_seconds((self.total - self.done) / rate) if rate else "?"
+        line = (
+            f"{self.label} {self.done / self.total:4.0%}  {human_bytes(self.done)} of {human_bytes(self.total)}"
+            f"  {human_bytes(rate)}/s  {left} left"
+        )
+        print(f"\r{line:<79}" if self.live else line, end=end if self.live else "\n", file=sys.stderr, flush=True)
+
+
+# ------------------------------------------------------------------------------------------------ publishing
+
+
+def check_output(out: Path, force: bool) -> None:
+    """Raise FileExistsError if `out` exists and may not be replaced. `force` replaces a model directory, and nothing else."""
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise FileExistsError(f"{out} exists and is not a directory; give another output directory")
+    if out.exists() and any(out.iterdir()):
+        if not force:
+            raise FileExistsError(f"{out} exists already: give another output directory, or --force to replace it")
+        if not (out / "config.json").is_file():
+            raise FileExistsError(f"{out} exists and has no config.json: --force replaces only a model directory")
+
+
+@contextlib.contextmanager
+def publish(out: Path, force: bool = False) -> Iterator[Path]:
+    """A fresh directory beside `out` to write into; renamed to `out` when the block ends well, removed when it does not.
+
+    Everything is fsynced before the rename, so that `out` is either absent (or what it was) or whole, whenever the power
+    goes. A directory that a killed run left behind is removed by the next one: its lock is no longer held.
+    """
+    check_output(out, force)
+    out = out.absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{out.name}.partial-"
+    for stale in out.parent.glob(glob.escape(prefix) + "*"):
+        with contextlib.suppress(OSError), _locked(stale):
+            shutil.rmtree(stale)
+    staging = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
+    try:
+        with _locked(staging):
+            yield staging
+            staging.chmod(0o777 & ~_umask())  # mkdtemp makes it private
+            for path in [*staging.rglob("*"), staging]:
+                _fsync(path)
+            if out.exists():
+                # Two renames, since a directory cannot be renamed over a full one. A failure between them puts the old one
+                # back; a kill between them leaves it beside, under a name that no later run removes.
+                aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.replaced-", dir=out.parent)) / out.name
+                out.rename(aside)
+                try:
+                    staging.rename(out)
+                except BaseException:
+                    aside.rename(out)
+                    raise
+                shutil.rmtree(aside.parent, ignore_errors=True)
+            else:
+                staging.rename(out)
+            _fsync(out.parent)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Hold an exclusive lock on a directory, which the kernel drops when this process dies; OSError if another holds it."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

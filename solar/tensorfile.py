@@ -1,0 +1,254 @@
+"""The files that weights lie in: where each tensor's bytes stand, found without reading one of them.
+
+Two containers are read, and both come down to the same: a file, an offset, a shape, a dtype.
+
+- safetensors: 8 bytes of header length, a JSON header, then the tensors end to end.
+- the zip archive of `torch.save` (`pytorch_model.bin`, `consolidated.00.pth`): a pickle that describes the tensors, beside one
+  uncompressed record for each storage. The pickle is read by torch's own restricted unpickler, which runs no code, in fake
+  mode, which allocates nothing.
+
+Files come from strangers. A header is bounded, must be consistent and must cover its file exactly; else ValueError.
+"""
+
+import json
+import math
+import os
+import pickle
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import torch
+
+MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own bound
+CHUNK_BYTES = 16 << 20
+
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A contiguous, little-endian, row-major tensor at a place in a file."""
+
+    path: Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Elements start..stop-1 of the flattened tensor, in memory of their own. OSError if the file has become shorter."""
+        buffer = bytearray((stop - start) * self.dtype.itemsize)
+        view, at = memoryview(buffer), self.offset + start * self.dtype.itemsize
+        with open(self.path, "rb", buffering=0) as file:
+            while view:
+                count = os.preadv(file.fileno(), [view], at)
+                if count == 0:
+                    raise OSError(f"{self.path}: ends at byte {at}, in the middle of a tensor")
+                view, at = view[count:], at + count
+        return torch.frombuffer(buffer, dtype=self.dtype) if buffer else torch.empty(0, dtype=self.dtype)
+
+    def chunks(self) -> Iterator[torch.Tensor]:
+        """The flattened tensor in pieces of at most CHUNK_BYTES."""
+        step = CHUNK_BYTES // self.dtype.itemsize
+        for start in range(0, self.numel, step):
+            yield self.read(start, min(start + step, self.numel))
+
+    def view(self, mapped: torch.Tensor) -> torch.Tensor:
+        """This tensor as a view of `map_file(self.path)`, or as a copy where the file does not align it."""
+        raw = mapped[self.offset : self.offset + self.nbytes]
+        if self.offset % self.dtype.itemsize:
+            raw = raw.clone()
+        return raw.view(self.dtype).view(self.shape)
+
+
+def map_file(path: Path) -> torch.Tensor:
+    """The bytes of a file, memory-mapped: read when touched; what is written to them never reaches the file."""
+    return torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def parse_json(data: bytes, what: Path | str) -> Any:
+    """JSON from outside: ValueError naming `what` for anything malformed, and for a key that stands twice in one object."""
+
+    def unique(pairs):
+        if len(pairs) != len(values := dict(pairs)):
+            twice = next(key for i, (key, _) in enumerate(pairs) if key in {k for k, _ in pairs[:i]})
+            raise ValueError(f"the key {twice!r} stands twice")
+        return values
+
+    try:
+        return json.loads(data.decode("utf-8"), object_pairs_hook=unique)
+    except RecursionError:
+        raise ValueError(f"{what}: not valid JSON: nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"{what}: not valid JSON: {error}") from None
+
+
+def read_safetensors_header(path: Path) -> dict[str, StoredTensor]:
+    """Name -> place of every tensor in a safetensors file. Raises ValueError naming the file, the found and the expected."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > size - 8:
+            raise ValueError(
+                f"{path}: truncated or not a safetensors file: {size} bytes, and a header of {length} bytes is announced"
+            )
+        if length > MAX_HEADER_BYTES:
+            raise ValueError(f"{path}: a header of {length} bytes; at most {MAX_HEADER_BYTES} are allowed")
+        raw = file.read(length)
+    if not raw.startswith(b"{"):
+        raise ValueError(f"{path}: not a safetensors file: its header does not begin with '{{'")
+    header = parse_json(raw, path)
+
+    tensors = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        match entry:
+            case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)]} if len(entry) == 3:
+                pass
+            case _:
+                raise ValueError(f"{path}: {name}: malformed entry in the header: {str(entry)[:100]}")
+        if dtype not in DTYPES:
+            raise ValueError(f"{path}: {name}: dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+        if not all(type(n) is int and 0 <= n < 2**48 for n in shape) or not 0 <= begin <= end:
+            raise ValueError(f"{path}: {name}: malformed shape {shape} or offsets [{begin}, {end}]")
+        tensors[name] = tensor = StoredTensor(path, 8 + length + begin, tuple(shape), DTYPES[dtype])
+        if tensor.nbytes != end - begin:
+            raise ValueError(f"{path}: {name}: {dtype} {shape} takes {tensor.nbytes} bytes, the header gives it {end - begin}")
+    at = 8 + length
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if tensor.offset != at:
+            raise ValueError(f"{path}: {name} stands at byte {tensor.offset}, expected {at}: a hole or an overlap")
+        at += tensor.nbytes
+    if at != size:
+        raise ValueError(f"{path}: {size} bytes long, but the header describes {at}: truncated, or trailing bytes")
+    return tensors
+
+
+def read_torch_archive(path: Path) -> dict[str, StoredTensor]:
+    """Name -> place of every tensor in a state dict that `torch.save` wrote. Raises ValueError as above."""
+    from torch._subclasses.fake_tensor import FakeTensorMode  # takes half a second, and only this container needs it
+
+    if not zipfile.is_zipfile(path):
+        raise ValueError(
+            f"{path}: not a zip archive of torch.save: truncated, or older than torch 1.6; load it with torch and save it again"
+        )
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
+                raise ValueError(f"{path}: a compressed zip archive, which torch.save never writes")
+        with FakeTensorMode():
+            state = torch.load(path, weights_only=True, map_location="cpu")
+    except (pickle.UnpicklingError, RuntimeError, zipfile.BadZipFile, EOFError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{path}: torch's safe unpickler refuses it: {reason}") from None
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: holds a {type(state).__name__}, expected a dictionary of tensors")
+
+    tensors, size = {}, path.stat().st_size
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{path}: {name!r} is a {type(tensor).__name__}, expected a tensor")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{path}: {name} is stored with strides {tensor.stride()}; save it again as a contiguous tensor")
+        # The record's place in the file, which fake mode notes in place of the bytes (torch's documented layout control).
+        offset = tensor.untyped_storage()._checkpoint_offset + tensor.storage_offset() * tensor.dtype.itemsize
+        tensors[name] = StoredTensor(path, offset, tuple(tensor.shape), tensor.dtype)
+        if offset + tensors[name].nbytes > size:
+            raise ValueError(f"{path}: {name} would end at byte {offset + tensors[name].nbytes} of {size}: truncated")
+    return tensors
+
+
+# ------------------------------------------------------------------------------------------------ writing
+
+
+@dataclass(frozen=True)
+class TensorToWrite:
+    """A tensor that is still to be made: `write(file)` puts exactly its bytes at the end of the file."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    write: Callable[[FileIO], None]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_bytes(file: FileIO, tensor: torch.Tensor) -> None:
+    """The bytes of a CPU tensor, row-major, to an unbuffered file."""
+    view = memoryview(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
+    while view:
+        view = view[file.write(view) :]
+
+
+def write_safetensors(path: Path, tensors: list[TensorToWrite]) -> None:
+    """One safetensors file with the tensors in the order given, each written by its own `write`."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for tensor in tensors:
+        offsets = [at, at := at + tensor.nbytes]
+        header[tensor.name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # so that the data begins aligned
+    try:
+        with open(path, "xb", buffering=0) as file:
+            file.write(len(encoded).to_bytes(8, "little") + encoded)
+            end = file.tell()
+            for tensor in tensors:
+                tensor.write(file)
+                end += tensor.nbytes
+                assert file.tell() == end, f"{tensor.name}: {file.tell()} bytes written, {end} expected"
+    except OSError as error:
+        if error.filename is None:  # a failed write() does not say of which file
+            error.filename = str(path)
+        raise
+
+
+def write_shards(directory: Path, tensors: list[TensorToWrite], max_shard_bytes: int) -> None:
+    """`model.safetensors`, or shards of at most max_shard_bytes (or one tensor) with `model.safetensors.index.json`."""
+    shards: list[list[TensorToWrite]] = [[]]
+    for tensor in tensors:
+        if shards[-1] and sum(t.nbytes for t in shards[-1]) + tensor.nbytes > max_shard_bytes:
+            shards.append([])
+        shards[-1].append(tensor)
+    if len(shards) == 1:
+        write_safetensors(directory / "model.safetensors", shards[0])
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        file_name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        write_safetensors(directory / file_name, shard)
+        weight_map |= {tensor.name: file_name for tensor in shard}
+    index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors)}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
