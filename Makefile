@@ -71,11 +71,16 @@ clean:  ## remove .venv; what you made under out/ stays
 	@touch $@
 
 # An environment of the user's own is never changed, only looked at.
-lacking = @$(PY) -c 'import sys, importlib.util as find; lack = [name for name in sys.argv[2:] if not find.find_spec(name)]; \
-  sys.exit(f"error: {sys.executable} lacks {\", \".join(lack)}: run  {sys.executable} -m pip install -r {sys.argv[1]}" if lack else 0)'
+define LACKING
+import sys, importlib.util
+lack = [name for name in sys.argv[2:] if not importlib.util.find_spec(name)]
+if lack:
+    sys.exit(f"error: {sys.executable} lacks {', '.join(lack)}: run  {sys.executable} -m pip install -r {sys.argv[1]}")
+endef
+export LACKING
 
 check:
-	$(lacking) requirements.txt torch numpy sentencepiece safetensors
+	@$(PY) -c "$$LACKING" requirements.txt torch numpy sentencepiece safetensors
 
 check-dev: check
-	$(lacking) requirements-dev.txt pytest hypothesis ruff
+	@$(PY) -c "$$LACKING" requirements-dev.txt pytest hypothesis ruff

@@ -37,7 +37,9 @@ class Options:
     temperature: float = cli.flag(0.0, help="0 takes the likeliest token", metavar="X")
     top_k: int | None = cli.flag(None, help="draw among the K likeliest tokens", metavar="K")
     top_p: float | None = cli.flag(None, help="draw among the likeliest tokens that reach P together", metavar="P")
-    min_p: float | None = cli.flag(None, help="draw among tokens at least P times as likely as the likeliest", metavar="P")
+    min_p: float | None = cli.flag(
+        None, help="draw among tokens at least P times as likely as the likeliest", metavar="P"
+    )
     repetition_penalty: float = cli.flag(1.0, help="above 1 makes tokens that stand already less likely", metavar="X")
     stop: list[str] = cli.flag([], help="end at any of these texts, which are not printed", metavar="TEXT")
     seed: int | None = cli.flag(None, help="for the same draw every time")
@@ -128,7 +130,11 @@ def print_figures(figures: str) -> None:
 
 def weight_bytes(model: Transformer) -> int:
     """Bytes of weights that one decoding step reads: every layer as often as it stands in the plan, and the head."""
-    parts = [*model.model.layers, model.model.norm, model.lm_head if hasattr(model, "lm_head") else model.model.embed_tokens]
+    parts = [
+        *model.model.layers,
+        model.model.norm,
+        model.lm_head if hasattr(model, "lm_head") else model.model.embed_tokens,
+    ]
     return sum(parameter.nbytes for part in parts for parameter in part.parameters())
 
 

@@ -43,7 +43,7 @@ _choice = "auto"
 def select(choice: str = "auto") -> str:
     """Choose the form that every operation takes from now on; returns the choice before. ValueError for an unknown one.
 
-    Prints one line on stderr when an operation has no form of the kind that was asked for, and which one it takes instead.
+    Prints one line on stderr when an operation lacks the form that was asked for, and says what it takes instead.
     """
     global _choice
     if choice not in CHOICES:
@@ -92,7 +92,7 @@ def attention(
     (B, H, T, E), (_, K, S, _) = q.shape, k.shape
     if k.shape != (B, K, S, E) or v.shape != k.shape or H % K or T > S:
         raise ValueError(
-            f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit: expected (B, H, T, E) and "
+            f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit: (B, H, T, E) and "
             "twice (B, K, S, E) with H a multiple of K and T at most S"
         )
     if (document_ids is None) != (key_document_ids is None):

@@ -3,11 +3,11 @@
     scores_ij = q_i . k_j / sqrt(E)         where i may see j, else -inf
     y_i       = sum_j softmax_j(scores_ij) v_j
 
-Shapes: q (B, H, T, E); k and v (B, K, S, E), where each of the K key heads serves G = H / K query heads in turn; y as q.
+Shapes: q and y (B, H, T, E); k and v (B, K, S, E), where each of the K key heads serves G = H / K query heads.
 
-The queries are the *last* T of the S positions (bottom-right alignment), so the same call serves a whole sequence (T = S),
-a chunk of a prompt behind a cache (T < S) and a single new token (T = 1). With i and j counted on the axis of the keys,
-query i sees key j when all of these hold:
+The queries are the *last* T of the S positions (bottom-right alignment), so the same call serves a whole sequence
+(T = S), a chunk of a prompt behind a cache (T < S) and a single new token (T = 1). With i and j counted on the axis of
+the keys, query i sees key j when all of these hold:
 
     j <= i                                       causal
     j >  i - window                              sliding window: `window` keys, the query's own included
@@ -22,7 +22,12 @@ from torch import Tensor
 
 
 def visible(
-    T: int, S: int, window: int | None, document_ids: Tensor | None, key_document_ids: Tensor | None, device: torch.device
+    T: int,
+    S: int,
+    window: int | None,
+    document_ids: Tensor | None,
+    key_document_ids: Tensor | None,
+    device: torch.device,
 ) -> Tensor:
     """Which key each query sees: True where it does; (T, S), or (B, 1, T, S) with document ids (B, T) and (B, S)."""
     i = torch.arange(S - T, S, device=device)[:, None]
@@ -68,4 +73,6 @@ def attention_torch(
         is_causal = T > 1  # is_causal aligns the mask top-left, which is right only for T = S; one query sees every key
     else:
         mask = visible(T, S, None if within else window, document_ids, key_document_ids, q.device)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=q.shape[1] != k.shape[1])
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=q.shape[1] != k.shape[1]
+    )

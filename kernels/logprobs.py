@@ -6,8 +6,8 @@
     dlogits[n, v] = dy_n * ([v = label_n] - softmax(logits[n])_v)
     dx = dlogits W,   dW = dlogits^T x
 
-Shapes: x (N, D), weight (V, D), labels (N,) of int64 -> (N,) in fp32. Held whole, the fp32 logits of 8,192 tokens over a
-vocabulary of 32,000 take 1.05 GB, and their gradient as much again; `label_logprobs_torch` holds one chunk of them.
+Shapes: x (N, D), weight (V, D), labels (N,) of int64 -> (N,) in fp32. Held whole, the fp32 logits of 8,192 tokens over
+a vocabulary of 32,000 take 1.05 GB, and their gradient as much again; `label_logprobs_torch` holds one chunk of them.
 """
 
 import torch
@@ -36,7 +36,9 @@ class _ChunkedLabelLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, labels)
-        return torch.cat([_chunk_logprobs(xs, weight, ls) for xs, ls in zip(x.split(CHUNK), labels.split(CHUNK), strict=True)])
+        return torch.cat(
+            [_chunk_logprobs(xs, weight, ls) for xs, ls in zip(x.split(CHUNK), labels.split(CHUNK), strict=True)]
+        )
 
     @staticmethod
     def backward(ctx, dy: Tensor):

@@ -1,11 +1,11 @@
 """Rotary position embedding (arXiv:2104.09864, eq. 34), in the half-split layout of every Hugging Face Llama.
 
-Dimension i of the first half and dimension i of the second half form a pair, turned by the angle position * frequency_i:
+Dimension i of the first half and dimension i of the second form a pair, turned by the angle position * frequency_i:
 
     y_first  = x_first * cos - x_second * sin
     y_second = x_second * cos + x_first * sin
 
-Shapes: q (B, H, T, E), k (B, K, T, E), cos and sin (B or 1, T, E/2) in fp32. The turn is computed in fp32 and rounded once.
+Shapes: q (B, H, T, E), k (B, K, T, E), cos and sin (B or 1, T, E/2) in fp32. Computed in fp32 and rounded once.
 """
 
 import torch

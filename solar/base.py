@@ -1,8 +1,8 @@
 """A small base model to begin with, made here: `python -m solar.base --out DIR`.
 
 For a machine without a checkpoint at hand. The tokenizer is trained on text found on the machine, the Python standard
-library's own sources; the weights are random and seeded, in Mistral's architecture. Everything downstream runs on it as on
-the real thing (12 layers, grouped queries, a sliding window), but what it says is noise until it has been trained.
+library's own sources; the weights are random and seeded, in Mistral's architecture. Everything downstream runs on it as
+on the real thing (12 layers, grouped queries, a sliding window), but what it says is noise until it has been trained.
 """
 
 import io
@@ -35,12 +35,14 @@ def standard_library_text(max_bytes: int) -> list[str]:
         texts.append(text)
         taken += len(text)
     if not texts:
-        raise FileNotFoundError(f"{root}: no Python sources to train a tokenizer on; give a model with --model (MODEL=)")
+        raise FileNotFoundError(
+            f"{root}: no Python sources to train a tokenizer on; give a model with --model (MODEL=)"
+        )
     return texts
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> bytes:
-    """A sentencepiece model like Mistral's: BPE, byte fallback, digits one by one, no normalisation; unk 0, bos 1, eos 2."""
+    """A sentencepiece model like Mistral's: BPE, byte fallback, single digits, not normalised; unk 0, bos 1, eos 2."""
     lines = (line for text in texts for line in text.splitlines() if line.strip())
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -69,11 +71,18 @@ class Options:
 
 
 def main() -> None:
-    options = cli.parse(Options, prog="python -m solar.base", description="Make a small base model with random weights.")
+    options = cli.parse(
+        Options, prog="python -m solar.base", description="Make a small base model with random weights."
+    )
     out = Path(options.out)
     cli.check_output(out, options.force)
-    print("no MODEL given: making a small base with random weights, and a tokenizer trained on this Python's own sources")
-    print(f"  12 layers, {TINY.num_parameters():,} parameters; it speaks noise: give MODEL=DIR for real weights", flush=True)
+    print(
+        "no MODEL given: making a small base with random weights, and a tokenizer trained on this Python's own sources"
+    )
+    print(
+        f"  12 layers, {TINY.num_parameters():,} parameters; it speaks noise: give MODEL=DIR for real weights",
+        flush=True,
+    )
     tokenizer = train_tokenizer(standard_library_text(TOKENIZER_BYTES), TINY.vocab_size)
     model = Transformer(TINY)
     model.init_weights(options.seed)

@@ -1,8 +1,9 @@
 """Model directories: which layout it is, which tensor is where, and a `Transformer` from them or into them.
 
 Three layouts are read. Hugging Face's: `config.json` beside `model.safetensors`, or shards with an index, or the older
-`pytorch_model*.bin`. Mistral's releases: `params.json` beside `consolidated.safetensors` or `consolidated.*.pth`. The first
-is what is written. Both may lie in one folder, so files are never globbed for: the config or the index names them.
+`pytorch_model*.bin`. Mistral's releases: `params.json` beside `consolidated.safetensors` or `consolidated.*.pth`. The
+first is what is written. Both may lie in one folder, so files are never globbed for: the config or the index names
+them.
 
 Everything about a directory is checked before the first weight is used, and every problem is reported at once.
 """
@@ -51,10 +52,19 @@ MISTRAL_NAMES = {
 }
 
 # Copied byte for byte beside written weights: tokenizers and generation settings, never re-serialised.
-COMPANIONS = (
-    "tokenizer.model tokenizer.model.v* tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json "
-    "vocab.json merges.txt chat_template.* generation_config.json LICENSE*"
-).split()
+COMPANIONS = [
+    "tokenizer.model",
+    "tokenizer.model.v*",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.*",
+    "generation_config.json",
+    "LICENSE*",
+]
 
 # Rotary frequencies that older writers stored with the weights; they follow from the config.
 DERIVED = ("rotary_emb.inv_freq", "rope.freqs")
@@ -62,13 +72,13 @@ DERIVED = ("rotary_emb.inv_freq", "rope.freqs")
 
 @dataclass(frozen=True)
 class Weight:
-    """Where a tensor of the model comes from. `rotary_heads`: its rows stand in the release's interleaved rotary order."""
+    """Where a tensor comes from. `rotary_heads`: that many heads, whose rows stand in the interleaved rotary order."""
 
     stored: StoredTensor
     rotary_heads: int | None = None
 
     def reorder(self, tensor: Tensor) -> Tensor:
-        """The stored tensor as the model wants it: rows that turn together, adjacent in a release, go half a head apart."""
+        """As the model wants it: rows that turn together are adjacent in a release, and half a head apart here."""
         if self.rotary_heads is None:
             return tensor
         return tensor.unflatten(0, (self.rotary_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
@@ -77,8 +87,8 @@ class Weight:
 class CheckpointReader:
     """What is in a model directory, checked, with no weight read yet.
 
-    config: ModelConfig; weights: Hugging Face name -> Weight, for exactly the tensors that the config implies; dtype: that of
-    most parameters; files: those that hold the weights; layout: "safetensors", "bin" or "mistral".
+    config: ModelConfig; weights: Hugging Face name -> Weight, for exactly the tensors that the config implies; dtype:
+    that of most parameters; files: those that hold the weights; layout: "safetensors", "bin" or "mistral".
 
     Raises FileNotFoundError for a path that is no model directory, and ValueError listing every other problem.
     """
@@ -97,7 +107,7 @@ class CheckpointReader:
             raise ValueError(f"{config_file}: {error}") from None
 
         self._problems: list[str] = []
-        self.files = self._read_index(index) if isinstance(index, Path) else {name: None for name in index}
+        self.files = self._read_index(index) if isinstance(index, Path) else dict.fromkeys(index)
         stored = self._read_headers()
         self.weights = self._name(stored)
         self._check()
@@ -111,7 +121,7 @@ class CheckpointReader:
         self._mapped: dict[Path, Tensor] = {}
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor by its Hugging Face name: a view of the mapped file, or a copy where its rows had to be reordered."""
+        """One tensor by its Hugging Face name: a view of the mapped file, or a copy where rows had to be reordered."""
         weight = self.weights[name]
         path = weight.stored.path
         if path not in self._mapped:
@@ -135,7 +145,7 @@ class CheckpointReader:
             if parts := sorted(file.name for file in self.path.glob("consolidated.*.pth")):
                 return "mistral", parts
         if here("config.json") or here("params.json"):
-            wanted = "model.safetensors, pytorch_model.bin (or their .index.json), consolidated.safetensors or consolidated.*.pth"
+            wanted = "model.safetensors or pytorch_model.bin (or its .index.json), consolidated.safetensors or .*.pth"
             raise FileNotFoundError(f"{self.path}: a config but no weights; looked for {wanted}")
         raise FileNotFoundError(f"{self.path}: no config.json and no params.json: not a model directory")
 
@@ -197,14 +207,14 @@ class CheckpointReader:
             table = self.weights.get("model.embed_tokens.weight")
             if table is not None and not _same_bytes(head, table.stored):
                 self._problems.append(
-                    "lm_head.weight differs from model.embed_tokens.weight, but the config says tie_word_embeddings: true; "
+                    "lm_head.weight differs from model.embed_tokens.weight, but tie_word_embeddings is true; "
                     "set it to false to use both"
                 )
         incomplete = bool(self._problems)  # a shard that cannot be read explains what is missing
         found_layers = {int(name.split(".")[2]) for name in self.weights if name.startswith("model.layers.")}
         if not incomplete and found_layers and len(found_layers) != self.config.num_hidden_layers:
             self._problems.append(
-                f"the config says num_hidden_layers {self.config.num_hidden_layers}, the files hold {len(found_layers)} layers"
+                f"num_hidden_layers is {self.config.num_hidden_layers}, but the files hold {len(found_layers)} layers"
             )
         if not incomplete:
             self._list("missing from", "the files", "the config implies them", expected.keys() - self.weights.keys())
@@ -262,8 +272,8 @@ def load_model(
 ) -> Transformer:
     """A Transformer with the weights of a model directory: Hugging Face's layout or a Mistral release.
 
-    dtype: None keeps the stored one (that of most parameters where they differ). On the CPU, weights that need no cast stay
-    mapped to their files: nothing is read until it is used.
+    dtype: None keeps the stored one (that of most parameters where they differ). On the CPU, weights that need no cast
+    stay mapped to their files: nothing is read until it is used.
     plan: up-scale on the way, as text or as a list. Layers that come from the same source are one module and share its
     memory: for running a plan without writing it, not for training it.
     Raises FileNotFoundError, and ValueError with every problem of the directory listed.
@@ -312,7 +322,7 @@ def save_model(
     force: bool = False,
     companions: Path | dict[str, bytes] | None = None,
 ) -> Path:
-    """Write a model in Hugging Face's layout, whole or not at all; layers that share memory are written each for itself.
+    """Write a model in Hugging Face's layout, whole or not at all; layers that share memory are written separately.
 
     companions: a directory whose tokenizer files are copied along, or the contents of such files by name.
     Raises FileExistsError if the directory exists and is not empty, unless `force` allows to replace it.

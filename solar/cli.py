@@ -1,4 +1,4 @@
-"""What every command shares: flags from a dataclass, one-line errors, progress, and directories that appear whole or not at all."""
+"""What every command shares: flags from a dataclass, errors in one line, progress, directories published whole."""
 
 import argparse
 import contextlib
@@ -42,10 +42,9 @@ def parse(options: type[T], argv: list[str] | None = None, *, prog: str, descrip
         if missing:
             kwargs["required"] = True
         else:
-            default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
-            kwargs["default"] = default
-            if default is None or default is False or default in ([], ""):
-                kwargs["help"] += "%(default).0s"  # "(default: None)" tells nobody anything
+            kwargs["default"] = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        if missing or kwargs["default"] in (None, "", []) or kwargs["default"] is False:
+            kwargs["help"] += "%(default).0s"  # "(default: None)" tells nobody anything
         kind = hints[field.name]
         if isinstance(kind, types.UnionType):  # X | None
             kind = next(member for member in kind.__args__ if member is not type(None))
@@ -67,7 +66,7 @@ def parse(options: type[T], argv: list[str] | None = None, *, prog: str, descrip
 
 
 def run(main: Callable[[], None]) -> typing.NoReturn:
-    """Call `main` and exit: 0; 2 with one clear line for bad input or a failed write; 130 for Ctrl-C. Bugs keep their traceback."""
+    """Call `main` and exit: 0; 2 with one line for bad input or a failed write; 130 for Ctrl-C."""
     warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
     try:
         main()
@@ -112,7 +111,7 @@ def human_seconds(seconds: float) -> str:
 
 
 class Progress:
-    """Bytes done, rate and time left on stderr: one line that redraws itself on a terminal, a line every 10 s in a log."""
+    """Bytes done, rate and time left on stderr: a line that redraws itself on a terminal, one every 10 s in a log."""
 
     def __init__(self, label: str, total: int):
         self.label, self.total, self.done = label, max(total, 1), 0
@@ -144,7 +143,7 @@ class Progress:
 
 
 def check_output(out: Path, force: bool) -> None:
-    """Raise FileExistsError if `out` exists and may not be replaced. `force` replaces a model directory, and nothing else."""
+    """Raise FileExistsError if `out` exists and may not be replaced. `force` replaces model directories only."""
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise FileExistsError(f"{out} exists and is not a directory; give another output directory")
     if out.exists() and any(out.iterdir()):
@@ -156,52 +155,74 @@ def check_output(out: Path, force: bool) -> None:
 
 @contextlib.contextmanager
 def publish(out: Path, force: bool = False) -> Iterator[Path]:
-    """A fresh directory beside `out` to write into; renamed to `out` when the block ends well, removed when it does not.
+    """A fresh directory beside `out` to write into; renamed to `out` when the block ends well, removed otherwise.
 
-    Everything is fsynced before the rename, so that `out` is either absent (or what it was) or whole, whenever the power
-    goes. A directory that a killed run left behind is removed by the next one: its lock is no longer held.
+    Everything is fsynced before the rename, so that `out` is either absent (or what it was) or whole, whenever the
+    power goes. A directory that a killed run left behind is removed by the next one: its lock is no longer held.
     """
     check_output(out, force)
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{out.name}.partial-"
-    for stale in out.parent.glob(glob.escape(prefix) + "*"):
-        with contextlib.suppress(OSError), _locked(stale):
-            shutil.rmtree(stale)
-    staging = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
+    with _directory(out.parent) as parent:
+        # Under the parent's lock no other run sees the staging directory before it is locked. Where the filesystem has
+        # no locks (some NFS), nothing is removed, since nothing says that its run is dead.
+        if _lock(parent, wait=True):
+            for stale in out.parent.glob(glob.escape(prefix) + "*"):
+                with contextlib.suppress(OSError), _directory(stale) as found:
+                    if _lock(found):
+                        shutil.rmtree(stale)
+        staging = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
+        alive = os.open(staging, os.O_RDONLY)
+        _lock(alive)
     try:
-        with _locked(staging):
-            yield staging
-            staging.chmod(0o777 & ~_umask())  # mkdtemp makes it private
-            for path in [*staging.rglob("*"), staging]:
-                _fsync(path)
-            if out.exists():
-                # Two renames, since a directory cannot be renamed over a full one. A failure between them puts the old one
-                # back; a kill between them leaves it beside, under a name that no later run removes.
-                aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.replaced-", dir=out.parent)) / out.name
-                out.rename(aside)
-                try:
-                    staging.rename(out)
-                except BaseException:
-                    aside.rename(out)
-                    raise
-                shutil.rmtree(aside.parent, ignore_errors=True)
-            else:
-                staging.rename(out)
-            _fsync(out.parent)
+        yield staging
+        staging.chmod(0o777 & ~_umask())  # mkdtemp makes it private
+        for path in [*staging.rglob("*"), staging]:
+            _fsync(path)
+        check_output(out, force)  # it may have come into being meanwhile
+        _swap(staging, out)
+        _fsync(out.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        os.close(alive)
+
+
+def _swap(staging: Path, out: Path) -> None:
+    """Rename staging to out. A directory cannot be renamed over a full one, so what is there steps aside first.
+
+    A failure puts it back; a kill in between leaves it beside `out`, under a name that no later run removes.
+    """
+    if not out.exists():
+        staging.rename(out)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.replaced-", dir=out.parent))
+    out.rename(aside / out.name)
+    try:
+        staging.rename(out)
+    except BaseException:
+        (aside / out.name).rename(out)
+        aside.rmdir()
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a directory, which the kernel drops when this process dies; OSError if another holds it."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+def _directory(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+        yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int, wait: bool = False) -> bool:
+    """Lock a directory until it is closed or this process dies; False if another holds it, or if nobody can."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _fsync(path: Path) -> None:

@@ -1,8 +1,9 @@
 """`ModelConfig`: the shape of a model, as `config.json` spells it.
 
-Read from Hugging Face's `config.json` (model_type `llama` or `mistral`, the spelling of today and of transformers 5) and
-from the `params.json` of Mistral's own releases; written back as a `config.json` that transformers opens. What this code
-cannot run faithfully is refused by name. A key that it does not know is reported with a warning, never dropped unseen.
+Read from Hugging Face's `config.json` (model_type `llama` or `mistral`, the spelling of today and of transformers 5)
+and from the `params.json` of Mistral's own releases; written back as a `config.json` that transformers opens. What this
+code cannot run faithfully is refused by name. A key that it does not know is reported with a warning, never dropped
+unseen.
 
 Shapes: D hidden, F intermediate, H query heads, K kv heads, E head_dim, V vocab.
 """
@@ -15,12 +16,32 @@ from typing import Any
 MODEL_TYPES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 
 # Keys of config.json that say nothing about the forward pass, or nothing that the tensors do not say themselves.
-# (attention_dropout acts only in training, and no published Llama or Mistral uses one; pretraining_tp only says in how many
-# slices a projection was once computed.)
+# (attention_dropout acts only in training, and no published Llama or Mistral uses one; pretraining_tp only says in how
+# many slices a projection was once computed.)
 INERT_KEYS = frozenset(
-    """_name_or_path architectures attention_dropout auto_map dtype id2label label2id max_length pretraining_tp
-    quantization_config return_dict output_attentions output_hidden_states torch_dtype torchscript transformers_version
-    use_cache use_bfloat16 is_llama_config rope_interleaved unsloth_version unsloth_fixed""".split()
+    [
+        "_name_or_path",
+        "architectures",
+        "attention_dropout",
+        "auto_map",
+        "dtype",
+        "id2label",
+        "label2id",
+        "max_length",
+        "pretraining_tp",
+        "return_dict",
+        "output_attentions",
+        "output_hidden_states",
+        "torch_dtype",
+        "torchscript",
+        "transformers_version",
+        "use_cache",
+        "use_bfloat16",
+        "is_llama_config",
+        "rope_interleaved",
+        "unsloth_version",
+        "unsloth_fixed",
+    ]
 )
 
 
@@ -28,8 +49,8 @@ INERT_KEYS = frozenset(
 class RopeScaling:
     """How the rotary frequencies are stretched beyond the context length of the first training.
 
-    `linear` divides each frequency by `factor` (arXiv:2306.15595). `llama3` divides only those whose wavelength is longer
-    than `original_max_position_embeddings / low_freq_factor`, leaves those shorter than
+    `linear` divides each frequency by `factor` (arXiv:2306.15595). `llama3` divides only those whose wavelength is
+    longer than `original_max_position_embeddings / low_freq_factor`, leaves those shorter than
     `original_max_position_embeddings / high_freq_factor`, and blends in between (arXiv:2407.21783, section 3.4.1).
     """
 
@@ -42,7 +63,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The fields of `config.json` that decide what the model computes. Raises ValueError listing every field that is off."""
+    """The fields of `config.json` that decide what the model computes. ValueError lists every field that is off."""
 
     vocab_size: int
     hidden_size: int
@@ -71,12 +92,10 @@ class ModelConfig:
             raise ValueError("config: " + "; ".join(problems))
 
     def _problems(self):
-        positive = (
-            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-            "max_position_embeddings"
-        ).split()
-        optional = ["sliding_window"] if self.sliding_window is not None else []
-        for name in positive + optional:
+        sizes = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+        sizes += ["num_key_value_heads", "head_dim", "max_position_embeddings"]
+        sizes += ["sliding_window"] if self.sliding_window is not None else []
+        for name in sizes:
             value = getattr(self, name)
             if type(value) is not int or not 0 < value < 2**31:
                 yield f"{name} must be a positive whole number, found {value!r}"
@@ -112,7 +131,7 @@ class ModelConfig:
             raise ValueError(f"config: model_type {model_type!r} is not supported, only {' and '.join(MODEL_TYPES)}")
         _refuse_what_cannot_run(raw, model_type)
 
-        sizes = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads".split()
+        sizes = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
         if missing := [name for name in sizes if name not in raw]:
             raise ValueError(f"config: missing {', '.join(missing)}")
         heads, hidden = raw["num_attention_heads"], raw["hidden_size"]
@@ -132,7 +151,13 @@ class ModelConfig:
         theta, scaling = _read_rope(raw)
         eos = raw.get("eos_token_id")
         dtype = raw.get("torch_dtype", raw.get("dtype"))
-        known = set(cls.__dataclass_fields__) - {"model_type", "rope_theta", "rope_scaling", "torch_dtype", "eos_token_id"}
+        known = set(cls.__dataclass_fields__) - {
+            "model_type",
+            "rope_theta",
+            "rope_scaling",
+            "torch_dtype",
+            "eos_token_id",
+        }
         config = cls(
             model_type=model_type,
             rope_theta=theta,
@@ -142,9 +167,13 @@ class ModelConfig:
             **{key: value for key, value in raw.items() if key in known},
         )
         handled = known | INERT_KEYS | {"rope_theta", "rope_scaling", "rope_parameters", "eos_token_id", "hidden_act"}
-        unknown = sorted(key for key, value in raw.items() if key not in handled and value not in (False, 0, "", [], {}))
+        unknown = sorted(
+            key for key, value in raw.items() if key not in handled and value not in (False, 0, "", [], {})
+        )
         if unknown:
-            warnings.warn(f"config: keys that are not known here, and have no effect: {', '.join(unknown)}", stacklevel=2)
+            warnings.warn(
+                f"config: keys that are not known here, and have no effect: {', '.join(unknown)}", stacklevel=2
+            )
         return config
 
     @classmethod
@@ -156,18 +185,22 @@ class ModelConfig:
         for key in ("moe", "quantization", "vision_encoder", "multimodal", "lora", "ssm_cfg", "yarn", "q_lora_rank"):
             if params.get(key):
                 raise ValueError(f"params: {key!r} is not supported; solar runs dense Mistral-7B-like models")
-        sizes = "dim n_layers head_dim hidden_dim n_heads vocab_size norm_eps".split()
+        sizes = ["dim", "n_layers", "head_dim", "hidden_dim", "n_heads", "vocab_size", "norm_eps"]
         if missing := [name for name in sizes if name not in params]:
             raise ValueError(f"params: missing {', '.join(missing)}")
         window = params.get("sliding_window", params.get("_sliding_window"))
         if "rope_theta" not in params and window is None:
-            raise ValueError("params: neither rope_theta nor sliding_window is given: add the rope_theta of this release")
+            raise ValueError(
+                "params: neither rope_theta nor sliding_window is given: add the rope_theta of this release"
+            )
         handled = {*sizes, "n_kv_heads", "sliding_window", "_sliding_window", "rope_theta", "max_seq_len", "model_type"}
         handled |= {"max_position_embeddings", "tied_embeddings", "causal", "max_batch_size"}
         if params.get("causal") is False or params.get("model_type", "transformer") != "transformer":
             raise ValueError("params: only causal transformers are supported")
         if unknown := sorted(key for key in params if key not in handled):
-            warnings.warn(f"params: keys that are not known here, and have no effect: {', '.join(unknown)}", stacklevel=2)
+            warnings.warn(
+                f"params: keys that are not known here, and have no effect: {', '.join(unknown)}", stacklevel=2
+            )
         return cls(
             model_type="mistral",
             vocab_size=params["vocab_size"],
@@ -205,7 +238,7 @@ class ModelConfig:
         return {key: value for key, value in out.items() if value is not None or key == "sliding_window"}
 
     def with_depth(self, num_hidden_layers: int, model_type: str = "llama") -> "ModelConfig":
-        """The config of an up-scaled model: another depth and, with `model_type="llama"`, the type SOLAR was published as.
+        """The config of an up-scaled model: another depth and, with `model_type="llama"`, the type of SOLAR itself.
 
         A llama has no sliding window, so its context is cut to the window: within it the logits are the same.
         """
@@ -263,7 +296,9 @@ def _refuse_what_cannot_run(raw: dict[str, Any], model_type: str) -> None:
     if raw.get("hidden_act", "silu") not in ("silu", "swish"):
         raise ValueError(f"config: hidden_act {raw['hidden_act']!r} is not supported, only silu")
     if raw.get("quantization_config"):
-        raise ValueError("config: quantised weights (quantization_config) are not supported; use the bf16 or fp16 release")
+        raise ValueError(
+            "config: quantised weights (quantization_config) are not supported; use the bf16 or fp16 release"
+        )
     if (experts := raw.get("num_local_experts", raw.get("num_experts"))) not in (None, 0, 1):
         raise ValueError(f"config: a mixture of {experts} experts is not supported")
     if (partial := raw.get("partial_rotary_factor", 1.0)) != 1.0:
@@ -276,14 +311,16 @@ def _refuse_what_cannot_run(raw: dict[str, Any], model_type: str) -> None:
 
 
 def _read_rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
-    """rope_theta and scaling from either spelling: `rope_theta` + `rope_scaling`, or transformers 5's `rope_parameters`."""
+    """rope_theta and scaling from either spelling: `rope_theta` with `rope_scaling`, or `rope_parameters`."""
     parameters = dict(raw.get("rope_parameters") or {})
     scaling = dict(raw.get("rope_scaling") or {})
     if any(isinstance(value, dict) for value in parameters.values()):
         raise ValueError("config: rope_parameters that differ from layer to layer are not supported")
     thetas = {source[key] for source, key in ((raw, "rope_theta"), (parameters, "rope_theta")) if key in source}
     if len(thetas) > 1:
-        raise ValueError(f"config: rope_theta {raw['rope_theta']} and rope_parameters disagree: {parameters['rope_theta']}")
+        raise ValueError(
+            f"config: rope_theta {raw['rope_theta']} and rope_parameters disagree: {parameters['rope_theta']}"
+        )
     theta = thetas.pop() if thetas else 10_000.0
     parameters.pop("rope_theta", None)
     if scaling and parameters and scaling != parameters:

@@ -7,8 +7,8 @@ What sets this architecture apart from the first transformer (arXiv:1706.03762):
 - a gated MLP, SwiGLU, with three projections
 - Mistral only: a sliding window, so that a layer sees the last W tokens (arXiv:2310.06825)
 
-Shapes: B batch, T query positions, S key positions, D hidden, F intermediate, H query heads, K key/value heads, E head_dim,
-V vocabulary, L layers, C positions that a cache holds. Parameter names are those of Hugging Face's checkpoints.
+Shapes: B batch, T query positions, S key positions, D hidden, F intermediate, H query heads, K key and value heads,
+E head_dim, V vocabulary, L layers, C positions that a cache holds. Parameter names are Hugging Face's.
 """
 
 import math
@@ -26,8 +26,8 @@ from solar.config import ModelConfig
 def rotary_table(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
     """Cosine and sine of each position's angles: (B, T) -> two of (B, T, E/2), fp32.
 
-    Computed afresh in each forward pass, a few microseconds: a buffer would be cast along with the weights by `.to(bf16)`,
-    and left empty by `.to_empty()` after a construction on the meta device.
+    Computed afresh in each forward pass, a few microseconds: a buffer would be cast along with the weights by
+    `.to(bf16)`, and left empty by `.to_empty()` after a construction on the meta device.
     """
     E = config.head_dim
     exponents = torch.arange(0, E, 2, device=positions.device, dtype=torch.float32) / E
@@ -60,11 +60,14 @@ def document_positions(document_ids: Tensor, last_id: Tensor | None, last_positi
 class KVCache:
     """Keys and values of the positions seen so far, allocated once: (L, B, K, C, E) each, on `device` in `dtype`.
 
-    C is the longest sequence that will be asked for or, when that is shorter, the sliding window: then the cache rolls, the
-    token at step t lying in slot t mod C. A model with shared layers has one slice for each position, not for each layer.
+    C is the longest sequence that will be asked for or, when that is shorter, the sliding window: then the cache rolls,
+    the token at step t lying in slot t mod C. A model with shared layers has one slice for each position, not for each
+    layer.
     """
 
-    def __init__(self, config: ModelConfig, batch: int, max_length: int, dtype: torch.dtype, device: torch.device | str):
+    def __init__(
+        self, config: ModelConfig, batch: int, max_length: int, dtype: torch.dtype, device: torch.device | str
+    ):
         self.rolls = config.sliding_window is not None and config.sliding_window < max_length
         capacity = config.sliding_window if self.rolls else max_length
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)
@@ -83,7 +86,9 @@ class KVCache:
         """Positions (B or 1, T) of T new tokens, their document ids (B, T), and those of the keys they meet (B, S)."""
         capacity = self.keys.shape[3]
         if self.length + T > capacity and not self.rolls:
-            raise ValueError(f"the KV cache holds {capacity} positions; {self.length} are taken and {T} more do not fit")
+            raise ValueError(
+                f"the KV cache holds {capacity} positions; {self.length} are taken and {T} more do not fit"
+            )
         device = self.keys.device
         if document_ids is None and self.document_ids is None:
             return torch.arange(self.length, self.length + T, device=device)[None], None, None
@@ -119,7 +124,7 @@ class KVCache:
 
 class Linear(nn.Linear):
     def reset_parameters(self) -> None:
-        """Nothing: weights come from a checkpoint or from `init_weights`, and torch's default init costs more than loading."""
+        """Nothing: weights come from a checkpoint or `init_weights`, and torch's default costs more than loading."""
 
 
 class RMSNorm(nn.Module):
@@ -218,8 +223,8 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """(B, T) ids -> logits (B, T, V); with `last_only` of the last position alone (B, 1, V).
 
-        labels (B, T), aligned with the inputs: returns instead the log-probability of each label given the tokens before
-        it, (B, T) in fp32: 0 where the label is -100, and where no token of the same document stands before it.
+        labels (B, T), aligned with the inputs: returns instead the log-probability of each label given the tokens
+        before it, (B, T) in fp32: 0 where the label is -100, and where no token of the same document stands before it.
         document_ids (B, T): tokens see only their own document, and positions restart where the id changes.
         cache: the tokens follow those that it holds, and are added to it.
         """

@@ -1,7 +1,7 @@
 """What an up-scaling does to the layers, as data.
 
-A plan is a list of sources, one for each layer of the grown model: which layer of the base stands there, and whether it is
-an exact copy or starts as the identity. Everything else (streaming from disk to disk, building the model in memory,
+A plan is a list of sources, one for each layer of the grown model: which layer of the base stands there, and whether it
+is an exact copy or starts as the identity. Everything else (streaming from disk to disk, building the model in memory,
 training only what is new) reads this list. Carried out on modules, for the reader, it is three lines:
 
     layers = torch.nn.ModuleList(copy.deepcopy(base.layers[source.layer]) for source in plan)
@@ -18,8 +18,9 @@ from typing import Any, Literal
 
 GRAMMAR = "dus[:M], idus:M:G, stack, expand[:GROUPS[:TOP]], slices:A-B,C-D,..., copy, or a FILE.json"
 
-# A residual block whose two output projections are zero adds nothing to the stream: the layer is the identity, and still
-# learns, since their gradient is not zero. (Zeroing the norms instead would leave no gradient at all: arXiv:2401.02415.)
+# A residual block whose two output projections are zero adds nothing to the stream: the layer is the identity, and
+# still learns, since their gradient is not zero. (Zeroing the norms instead would leave no gradient at all:
+# arXiv:2401.02415.)
 ZEROED_IN_IDENTITY = ("self_attn.o_proj", "mlp.down_proj")
 
 
@@ -69,7 +70,7 @@ def expand(n: int, groups: int, top: int = 1) -> Plan:
 
 
 def slices(n: int, ranges: list[tuple[int, int]]) -> Plan:
-    """Half-open ranges of the base's layers, one after the other. Raises ValueError for a range outside 0..n or empty."""
+    """Half-open ranges of the base's layers, one after the other. ValueError for a range outside 0..n, or empty."""
     for start, stop in ranges:
         if not 0 <= start < stop <= n:
             raise ValueError(f"the range {start}-{stop} does not fit a model of {n} layers (half-open, 0-{n} is all)")
@@ -124,13 +125,15 @@ def to_json(plan: Plan) -> list[dict[str, Any]]:
 
 
 def from_json(values: Any, n: int) -> Plan:
-    """The inverse of `to_json`, checked against a base of n layers. Raises ValueError naming the entry that is wrong."""
+    """The inverse of `to_json`, checked against a base of n layers. ValueError names the entry that is wrong."""
     if not isinstance(values, list) or not values:
         raise ValueError("a plan in JSON is a non-empty list, one entry for each layer of the grown model")
     plan = []
     for position, entry in enumerate(values):
         if not isinstance(entry, dict) or not {"layer"} <= set(entry) <= {"layer", "init"}:
-            raise ValueError(f'plan entry {position} must be {{"layer": N, "init": "copy" or "identity"}}, found {entry!r}')
+            raise ValueError(
+                f'plan entry {position} must be {{"layer": N, "init": "copy" or "identity"}}, found {entry!r}'
+            )
         layer, init = entry["layer"], entry.get("init", "copy")
         if type(layer) is not int or not 0 <= layer < n:
             raise ValueError(f"plan entry {position} names layer {layer!r}; the model has layers 0 to {n - 1}")
@@ -164,7 +167,7 @@ def new_layers(plan: Plan) -> list[int]:
 
 
 def seams(plan: Plan) -> list[tuple[int, int]]:
-    """(position, jump) wherever a layer is not fed by the layer below it in the base: jump = its index - (index below + 1).
+    """(position, jump) wherever a layer is not fed by the one below it in the base: jump = index - (index below + 1).
 
     An identity layer passes on what it is given, so it makes no seam. DUS of 32 with m = 8 has one: (24, -16).
     """

@@ -1,8 +1,8 @@
 """Generation: read the prompts in chunks, then one token at a time.
 
 Prompts of uneven length run as one batch, padded on the left, so that all rows take each step together. Padding is a
-document of its own: nothing sees it, and positions begin at each row's first real token, so a row's tokens are those that
-it would get alone.
+document of its own: nothing sees it, and positions begin at each row's first real token, so a row's tokens are those
+that it would get alone.
 
 Shapes: B prompts, T positions, V vocabulary.
 """
@@ -48,13 +48,11 @@ def choose_probabilities(
 
 
 def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Divide positive and multiply negative logits by `penalty` where `seen` (B, V) is true (arXiv:1909.05858, section 4.1)."""
+    """Make what was `seen` (B, V) less likely: logits / penalty, or * penalty if negative (arXiv:1909.05858)."""
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def _check(
-    model: Transformer, prompts, max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty
-) -> None:
+def _check(model: Transformer, prompts, max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty) -> None:
     if not prompts or not all(prompts):
         raise ValueError("every prompt needs at least one token; begin an empty one with the BOS id")
     vocabulary, context = model.config.vocab_size, model.config.max_position_embeddings
@@ -64,8 +62,8 @@ def _check(
             raise ValueError(f"prompt {row} holds the id {wrong}; the model's vocabulary is 0 to {vocabulary - 1}")
         if len(prompt) + max_new_tokens > context:
             raise ValueError(
-                f"prompt {row} has {len(prompt)} tokens; with {max_new_tokens} new ones it is longer than the model's context "
-                f"of {context} (max_position_embeddings): shorten it, or ask for at most {max(context - len(prompt), 0)}"
+                f"prompt {row} has {len(prompt)} tokens; with {max_new_tokens} new ones it exceeds the model's context "
+                f"of {context} (max_position_embeddings): shorten it, or ask for {max(context - len(prompt), 0)}"
             )
     ranges = {
         "max_new_tokens": (max_new_tokens, max_new_tokens >= 1, "at least 1"),
@@ -96,9 +94,9 @@ def generate(
 ) -> list[list[int]]:
     """Continue each prompt (a list of ids) by at most max_new_tokens; returns the new ids of each.
 
-    temperature 0 takes the likeliest token. A row ends at an `eos_id`, which is not returned. on_token(row, id) is called
-    for every new id as it is made; returning True ends that row. Each row draws from its own generator, seeded with
-    seed + row, so what it gets does not depend on its neighbours.
+    temperature 0 takes the likeliest token. A row ends at an `eos_id`, which is not returned. on_token(row, id) is
+    called for every new id as it is made; returning True ends that row. Each row draws from its own generator, seeded
+    with seed + row, so what it gets does not depend on its neighbours.
     Raises ValueError for an empty prompt, an id outside the vocabulary, a setting out of range, or a prompt that with
     max_new_tokens exceeds the model's context.
     """

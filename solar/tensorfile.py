@@ -3,9 +3,9 @@
 Two containers are read, and both come down to the same: a file, an offset, a shape, a dtype.
 
 - safetensors: 8 bytes of header length, a JSON header, then the tensors end to end.
-- the zip archive of `torch.save` (`pytorch_model.bin`, `consolidated.00.pth`): a pickle that describes the tensors, beside one
-  uncompressed record for each storage. The pickle is read by torch's own restricted unpickler, which runs no code, in fake
-  mode, which allocates nothing.
+- the zip archive of `torch.save` (`pytorch_model.bin`, `consolidated.00.pth`): a pickle that describes the tensors,
+  beside one uncompressed record for each storage. The pickle is read by torch's own restricted unpickler, which runs no
+  code, in fake mode, which allocates nothing.
 
 Files come from strangers. A header is bounded, must be consistent and must cover its file exactly; else ValueError.
 """
@@ -61,7 +61,7 @@ class StoredTensor:
         return self.numel * self.dtype.itemsize
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """Elements start..stop-1 of the flattened tensor, in memory of their own. OSError if the file has become shorter."""
+        """Elements start..stop-1 of the flattened tensor, in memory of their own. OSError if the file is too short."""
         buffer = bytearray((stop - start) * self.dtype.itemsize)
         view, at = memoryview(buffer), self.offset + start * self.dtype.itemsize
         with open(self.path, "rb", buffering=0) as file:
@@ -95,7 +95,7 @@ def map_file(path: Path) -> torch.Tensor:
 
 
 def parse_json(data: bytes, what: Path | str) -> Any:
-    """JSON from outside: ValueError naming `what` for anything malformed, and for a key that stands twice in one object."""
+    """JSON from outside: ValueError naming `what` if it is malformed, or if a key stands twice in one object."""
 
     def unique(pairs):
         if len(pairs) != len(values := dict(pairs)):
@@ -112,14 +112,14 @@ def parse_json(data: bytes, what: Path | str) -> Any:
 
 
 def read_safetensors_header(path: Path) -> dict[str, StoredTensor]:
-    """Name -> place of every tensor in a safetensors file. Raises ValueError naming the file, the found and the expected."""
+    """Name -> place of every tensor in a safetensors file. ValueError names the file, the found and the expected."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length > size - 8:
             raise ValueError(
-                f"{path}: truncated or not a safetensors file: {size} bytes, and a header of {length} bytes is announced"
+                f"{path}: truncated or not a safetensors file: {size} bytes, with a header of {length} bytes announced"
             )
         if length > MAX_HEADER_BYTES:
             raise ValueError(f"{path}: a header of {length} bytes; at most {MAX_HEADER_BYTES} are allowed")
@@ -143,7 +143,9 @@ def read_safetensors_header(path: Path) -> dict[str, StoredTensor]:
             raise ValueError(f"{path}: {name}: malformed shape {shape} or offsets [{begin}, {end}]")
         tensors[name] = tensor = StoredTensor(path, 8 + length + begin, tuple(shape), DTYPES[dtype])
         if tensor.nbytes != end - begin:
-            raise ValueError(f"{path}: {name}: {dtype} {shape} takes {tensor.nbytes} bytes, the header gives it {end - begin}")
+            raise ValueError(
+                f"{path}: {name}: {dtype} {shape} takes {tensor.nbytes} bytes, the header gives it {end - begin}"
+            )
     at = 8 + length
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if tensor.offset != at:
@@ -160,7 +162,7 @@ def read_torch_archive(path: Path) -> dict[str, StoredTensor]:
 
     if not zipfile.is_zipfile(path):
         raise ValueError(
-            f"{path}: not a zip archive of torch.save: truncated, or older than torch 1.6; load it with torch and save it again"
+            f"{path}: not a zip archive of torch.save: truncated, or older than torch 1.6; load and save it again"
         )
     try:
         with zipfile.ZipFile(path) as archive:
@@ -179,8 +181,11 @@ def read_torch_archive(path: Path) -> dict[str, StoredTensor]:
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             raise ValueError(f"{path}: {name!r} is a {type(tensor).__name__}, expected a tensor")
         if not tensor.is_contiguous():
-            raise ValueError(f"{path}: {name} is stored with strides {tensor.stride()}; save it again as a contiguous tensor")
-        # The record's place in the file, which fake mode notes in place of the bytes (torch's documented layout control).
+            raise ValueError(
+                f"{path}: {name} is stored with strides {tensor.stride()}; save it again as a contiguous tensor"
+            )
+        # The record's place in the file, which fake mode notes instead of its bytes (torch's documented layout
+        # control).
         offset = tensor.untyped_storage()._checkpoint_offset + tensor.storage_offset() * tensor.dtype.itemsize
         tensors[name] = StoredTensor(path, offset, tuple(tensor.shape), tensor.dtype)
         if offset + tensors[name].nbytes > size:

@@ -48,7 +48,7 @@ class Target:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
     def elements(self, start: int, stop: int) -> torch.Tensor:
-        """Elements start..stop-1 of the flattened tensor, made from the base. ValueError if a cast makes one infinite."""
+        """Elements start..stop-1 of the flattened tensor, made from the base. ValueError if a cast overflows."""
         if self.weight is None:
             return torch.zeros(stop - start, dtype=self.dtype)
         if self.weight.rotary_heads is None:
@@ -58,7 +58,9 @@ class Target:
             stored = self.weight.reorder(whole).flatten()[start:stop]
         cast = stored.to(self.dtype)
         if cast is not stored and bool((cast.isinf() & ~stored.isinf()).any()):
-            raise ValueError(f"{self.name}: values up to {stored.abs().max():.4g} do not fit {self.dtype}; use bfloat16")
+            raise ValueError(
+                f"{self.name}: values up to {stored.abs().max():.4g} do not fit {self.dtype}; use bfloat16"
+            )
         return cast
 
     def spans(self, whole: bool) -> Iterator[tuple[int, int]]:
@@ -143,9 +145,9 @@ def upscale(
 ) -> Path:
     """Grow the model in model_dir by a plan (text of `solar.plan.GRAMMAR`, or a list) and write it to out_dir.
 
-    Bytes are copied as they are stored; only `dtype` asks for a cast. Raises FileNotFoundError or ValueError for a base or
-    a plan that is not right, FileExistsError for an output in the way, OSError for a disk that is full: in every case the
-    output is what it was before.
+    Bytes are copied as they are stored; only `dtype` asks for a cast. Raises FileNotFoundError or ValueError for a base
+    or a plan that is not right, FileExistsError for an output in the way, OSError for a disk that is full: in every
+    case the output is what it was before.
     """
     upscaling = prepare(model_dir, plan, dtype, model_type)
     carry_out(upscaling, Path(out_dir), max_shard_bytes, verify, force)
@@ -245,7 +247,7 @@ def _copy_range(source: int, offset: int, count: int, file: FileIO, advance: Cal
 
 
 def _verify(upscaling: Upscaling, directory: Path, whole: bool) -> None:
-    """Read the written directory as a loader would, and compare tensors (samples of them, or every byte) with the plan."""
+    """Read the written directory as a loader would, and compare tensors (samples, or every byte) with the plan."""
     written = CheckpointReader(directory)
     if written.config != upscaling.config:
         raise ValueError(f"{directory / 'config.json'}: reads back as {written.config}, expected {upscaling.config}")
@@ -255,7 +257,9 @@ def _verify(upscaling: Upscaling, directory: Path, whole: bool) -> None:
         for start, stop in target.spans(whole):
             found, expected = stored.read(start, stop), target.elements(start, stop)
             if not torch.equal(found.view(torch.uint8), expected.view(torch.uint8)):
-                raise ValueError(f"{stored.path}: {target.name} reads back different from what was written: a failing disk?")
+                raise ValueError(
+                    f"{stored.path}: {target.name} reads back different from what was written: a failing disk?"
+                )
             if whole:
                 progress.advance((stop - start) * target.dtype.itemsize)
     if whole:

@@ -1,0 +1,192 @@
+"""Flags, exit codes, and directories that appear whole or not at all."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from solar import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class Options:
+    model: str = cli.flag(help="required")
+    count: int = cli.flag(3, help="a number")
+    rate: float | None = cli.flag(None, help="perhaps a number")
+    kind: Literal["a", "b"] = cli.flag("a", help="one of two")
+    names: list[str] = cli.flag([], help="several")
+    dry_run: bool = cli.flag(False, help="a switch")
+
+
+def parse(*argv):
+    return cli.parse(Options, list(argv), prog="x", description="d")
+
+
+def test_flags_come_from_the_dataclass():
+    assert parse("--model", "m") == Options("m", 3, None, "a", [], False)
+    given = parse("--model", "m", "--count", "5", "--rate", "0.5", "--kind", "b", "--names", "p", "q", "--dry-run")
+    assert given == Options("m", 5, 0.5, "b", ["p", "q"], True)
+    parse("--model", "m", "--names", "z").names.append("w")
+    assert parse("--model", "m").names == []  # the default is not shared
+
+
+@pytest.mark.parametrize(
+    "argv", [[], ["--model"], ["--model", "m", "--count", "x"], ["--model", "m", "--kind", "c"], ["-q"]]
+)
+def test_a_wrong_flag_exits_with_2(argv, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        parse(*argv)
+    assert exit_.value.code == 2
+    assert "error" in capsys.readouterr().err
+
+
+def test_help_names_every_flag_and_default(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    out = capsys.readouterr().out
+    assert all(
+        flag in out for flag in ("--model", "--count", "--rate", "--kind", "--names", "--dry-run", "(default: 3)")
+    )
+    assert "None" not in out
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "message"),
+    [
+        ("raise ValueError('w is 3, expected 4')", 2, "error: w is 3, expected 4\n"),
+        ("open('/no/such/file')", 2, "error: /no/such/file: No such file or directory\n"),
+        ("raise OSError(28, 'x', 'there')", 2, "error: there: no space left on the disk\n"),
+        ("raise KeyboardInterrupt", 130, "interrupted\n"),
+        ("import warnings; warnings.warn('careful')", 0, "note: careful\n"),
+        ("pass", 0, ""),
+    ],
+)
+def test_exit_codes_and_one_line(body, code, message):
+    script = f"from solar import cli\ndef main():\n    {body}\ncli.run(main)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (code, message)
+
+
+def test_a_bug_keeps_its_traceback():
+    script = "from solar import cli\ncli.run(lambda: 1 / 0)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "ZeroDivisionError" in done.stderr
+
+
+def test_a_reader_that_leaves_is_no_error():
+    script = "from solar import cli\ncli.run(lambda: [print('x' * 1000) for _ in range(10000)])"
+    done = subprocess.run(
+        f'"{sys.executable}" -c "{script}" | head -1', shell=True, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stderr == ""
+
+
+def test_publish_is_all_or_nothing(tmp_path):
+    out = tmp_path / "out"
+    with cli.publish(out) as staging:
+        (staging / "config.json").write_text("1")
+        assert not out.exists()
+    assert (out / "config.json").read_text() == "1"
+    assert os.listdir(tmp_path) == ["out"]
+
+    def fail(force):
+        with cli.publish(out, force) as staging:
+            (staging / "config.json").write_text("2")
+            raise OSError("disk")
+
+    with pytest.raises(FileExistsError, match="--force"):
+        fail(force=False)
+    with pytest.raises(OSError, match="disk"):
+        fail(force=True)
+    assert (out / "config.json").read_text() == "1"
+    with cli.publish(out, force=True) as staging:
+        (staging / "config.json").write_text("3")
+    assert (out / "config.json").read_text() == "3"
+    assert os.listdir(tmp_path) == ["out"]
+    assert out.stat().st_mode & 0o777 == 0o777 & ~cli._umask()
+
+
+def test_force_replaces_model_directories_only(tmp_path):
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "thesis.txt").write_text("years")
+    with pytest.raises(FileExistsError, match=r"no config\.json"), cli.publish(home, force=True):
+        raise AssertionError("not reached")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError, match="not a directory"), cli.publish(tmp_path / "file", force=True):
+        raise AssertionError("not reached")
+    assert (home / "thesis.txt").read_text() == "years"
+
+
+def test_a_failed_swap_puts_the_old_one_back(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("old")
+    rename = Path.rename
+
+    def fail_into_place(self, target):
+        if Path(target) == out and ".partial-" in self.name:
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_into_place)
+    with pytest.raises(OSError, match="Input/output"), cli.publish(out, force=True) as staging:
+        (staging / "config.json").write_text("new")
+    assert (out / "config.json").read_text() == "old"
+
+
+def test_what_a_killed_run_leaves_is_removed_by_the_next_but_a_living_one_is_not(tmp_path):
+    script = textwrap.dedent(f"""
+        import time
+        from pathlib import Path
+        from solar import cli
+        with cli.publish(Path({str(tmp_path / "out")!r})) as staging:
+            (staging / "big").write_text("x")
+            print("ready", flush=True)
+            time.sleep(60)
+    """)
+    start = lambda: subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    killed, living = start(), start()
+    assert killed.stdout.readline() == living.stdout.readline() == "ready\n"
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    try:
+        assert len(os.listdir(tmp_path)) == 2
+        with cli.publish(tmp_path / "out") as staging:
+            (staging / "config.json").write_text("1")
+        left = sorted(os.listdir(tmp_path))
+        assert len(left) == 2
+        assert left[0].startswith(".out.partial-")
+        assert left[1] == "out"
+    finally:
+        living.kill()
+        living.wait()
+
+
+def test_progress_in_a_log_is_plain_lines(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    progress = cli.Progress("writing", 1000)
+    for _ in range(10):
+        now[0] += 6.0
+        progress.advance(100)
+    progress.close()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "writing  20%  200 B of 1.00 kB  17 B/s  48 s left"
+    assert lines[-1] == "writing 100%  1.00 kB of 1.00 kB  17 B/s  0 s left"
+    assert not any("\r" in line for line in lines)
+
+
+def test_units():
+    assert [cli.human_bytes(n) for n in (0, 999, 1000, 21_463_056_384)] == ["0 B", "999 B", "1.00 kB", "21.46 GB"]
+    assert [cli.human_seconds(s) for s in (0.4, 59, 61, 3661)] == ["0 s", "59 s", "1 min 01 s", "1 h 01 min"]
