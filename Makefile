@@ -4,7 +4,7 @@
 
 # MODEL: directory of the base model; empty: a small one is made at out/base.   OUT: directory to write.
 # PLAN: dus:M, idus:M:G, stack, expand:GROUPS:TOP, slices:0-24,8-32, copy, or a JSON file.
-# NPROC: processes that work side by side.   ARGS: more flags for the command, such as ARGS=--dry-run.
+# NPROC: processes that work side by side; the tests', today.   ARGS: more flags for the command, such as ARGS=--dry-run.
 # PYTHON: an interpreter to use as it is; empty: that of the active environment or, without one, of .venv, which is made.
 MODEL  ?=
 OUT    ?= out/solar
@@ -24,6 +24,8 @@ else
   READY := check
   TESTS := check-dev
 endif
+
+SIDE_BY_SIDE := $(if $(filter-out 1,$(NPROC)),-n $(NPROC))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup upscale test test-full clean check check-dev
@@ -48,11 +50,11 @@ endif
 
 test: $(TESTS)  ## every check that a CPU can run; before each commit, and in CI
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
-	@$(PY) -m pytest -m "not slow" $(ARGS)
+	@$(PY) -m pytest -m "not slow" $(SIDE_BY_SIDE) $(ARGS)
 
 test-full: $(TESTS)  ## the same with the long counts
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
 clean:  ## remove .venv; what you made under out/ stays
 	rm -rf .venv
@@ -83,4 +85,4 @@ check:
 	@$(PY) -c "$$LACKING" requirements.txt torch numpy sentencepiece safetensors
 
 check-dev: check
-	@$(PY) -c "$$LACKING" requirements-dev.txt pytest hypothesis ruff
+	@$(PY) -c "$$LACKING" requirements-dev.txt pytest hypothesis ruff xdist

@@ -82,7 +82,7 @@ class Session:
         """Continue prompts; emit(row, text) receives the text of each as it is made. Returns the line of figures."""
         options = self.options
         room = self.model.config.max_position_embeddings - max(map(len, prompts), default=0)
-        max_new_tokens = min(options.max_new_tokens, room)
+        max_new_tokens = min(options.max_new_tokens, max(room, 1))
         if 0 < room < options.max_new_tokens:
             context = self.model.config.max_position_embeddings
             print(f"note: room for {room} new tokens in the context of {context}", file=sys.stderr)
@@ -100,7 +100,7 @@ class Session:
         new = generate(
             self.model,
             prompts,
-            max(max_new_tokens, 1),
+            max_new_tokens,
             temperature=options.temperature,
             top_k=options.top_k,
             top_p=options.top_p,

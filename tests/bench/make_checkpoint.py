@@ -1,0 +1,57 @@
+"""A checkpoint with the shape of Mistral-7B and random weights: `python -m tests.bench.make_checkpoint --out DIR`.
+
+Written in the stored size and layout of the real one (14.5 GB, three shards); `--layers` makes it smaller.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from solar import cli
+from solar.checkpoint import DEFAULT_MAX_SHARD_BYTES, write_config
+from solar.config import MISTRAL_7B
+from solar.tensorfile import TensorToWrite, write_bytes, write_shards
+
+
+@dataclass
+class Options:
+    out: str = cli.flag(help="directory to write", metavar="DIR")
+    layers: int = cli.flag(32, help="decoder layers; each takes 436 MB", metavar="N")
+    tokenizer: str | None = cli.flag(None, help="tokenizer.model to put beside the weights", metavar="FILE")
+
+
+def main() -> None:
+    options = cli.parse(Options, prog="python -m tests.bench.make_checkpoint", description="Random Mistral-7B weights.")
+    config = replace(MISTRAL_7B, num_hidden_layers=options.layers)
+    generator = torch.Generator().manual_seed(0)
+    block = (torch.randn(1 << 23, generator=generator) * config.initializer_range).bfloat16()
+    ones = torch.ones(config.hidden_size, dtype=torch.bfloat16)
+    progress = cli.Progress("writing", 2 * config.num_parameters())
+
+    def write(file, name: str, numel: int) -> None:
+        start = hash_of(name) % len(block)  # the same random block everywhere, but never the same tensor twice
+        source = ones if numel == config.hidden_size else torch.cat((block[start:], block[:start]))
+        for at in range(0, numel, len(source)):
+            write_bytes(file, source[: min(len(source), numel - at)])
+        progress.advance(2 * numel)
+
+    tensors = []
+    for name, shape in config.tensor_shapes().items():
+        numel = torch.Size(shape).numel()
+        tensors.append(TensorToWrite(name, shape, torch.bfloat16, lambda file, n=name, k=numel: write(file, n, k)))
+    with cli.publish(Path(options.out)) as staging:
+        write_shards(staging, tensors, DEFAULT_MAX_SHARD_BYTES)
+        if options.tokenizer:
+            (staging / "tokenizer.model").write_bytes(Path(options.tokenizer).read_bytes())
+        write_config(staging, config)
+    progress.close()
+    print(options.out)
+
+
+def hash_of(name: str) -> int:
+    return sum(ord(char) * 31**i for i, char in enumerate(name))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,227 @@
+"""What a user types, end to end on a tiny model: make, generate.py, and every command that the README prints."""
+
+import dataclasses
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import generate
+from solar import base, plan, upscale
+from tests.bench import make_checkpoint, perplexity
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def checkout(tmp_path_factory):
+    """A copy of the tree in which a bare `make upscale` has run."""
+    tree = tmp_path_factory.mktemp("clone") / "solar"
+    tree.mkdir()
+    for name in ("solar", "kernels", "tests"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "*.npz"))
+    for name in ("generate.py", "Makefile", "requirements.txt", "requirements-dev.txt"):
+        shutil.copy(ROOT / name, tree)
+    done = shell(tree, "make upscale")
+    assert done.returncode == 0, done.stderr
+    return tree, done
+
+
+def shell(tree: Path, command: str, stdin: str = "") -> subprocess.CompletedProcess:
+    """Run a line as a user whose environment is active would."""
+    env = os.environ | {"VIRTUAL_ENV": sys.prefix, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    return subprocess.run(["bash", "-c", command], cwd=tree, env=env, input=stdin, capture_output=True, text=True)
+
+
+def test_bare_make_upscale_says_what_it_did_and_what_to_type_next(checkout):
+    tree, done = checkout
+    assert "random weights" in done.stdout  # it is honest about what the base is worth
+    assert "dus: 12 -> 18 layers" in done.stdout
+    assert (tree / "out/base/tokenizer.model").read_bytes() == (tree / "out/solar/tokenizer.model").read_bytes()
+    typed_next = re.search(r"python generate\.py .*", done.stdout.splitlines()[-1]).group()
+    again = shell(tree, typed_next + " --max-new-tokens 4")
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.startswith("Once upon a time")
+
+
+def test_make_upscale_twice_does_not_overwrite(checkout):
+    tree, _ = checkout
+    again = shell(tree, "make upscale")
+    assert again.returncode == 2
+    assert "error: out/solar exists already" in again.stderr
+    assert "Traceback" not in again.stderr
+    assert shell(tree, "make upscale PLAN=dus:3 ARGS=--force").returncode == 0
+
+
+def test_make_without_a_target_explains(checkout):
+    tree, _ = checkout
+    out = shell(tree, "make").stdout
+    assert all(word in out for word in ("upscale", "test", "MODEL=", "OUT=", "PLAN=", "NPROC=", "PYTHON="))
+
+
+def test_make_in_an_environment_without_the_packages_says_what_to_install(checkout, tmp_path):
+    tree, _ = checkout
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "empty"], check=True)
+    done = shell(tree, f"make upscale PYTHON={tmp_path}/empty/bin/python")
+    assert done.returncode == 2
+    assert re.search(r"error: .*empty/bin/python lacks torch, .*-m pip install -r requirements\.txt", done.stderr)
+
+
+def test_generate_streams_text_and_prints_figures(checkout):
+    tree, _ = checkout
+    done = shell(tree, 'python generate.py --prompt "def main():" --max-new-tokens 5')
+    assert done.returncode == 0
+    assert done.stdout.startswith("def main():")
+    figures = done.stderr.splitlines()[-1]
+    assert re.fullmatch(
+        r"prompt \d+ tokens, new 5 tokens, first token [\d.]+ s, [\d.]+ tokens/s, [\d.]+ GB/s of weights read", figures
+    )
+
+
+def test_generate_is_reproducible_and_plan_equals_the_written_model(checkout):
+    tree, _ = checkout
+    line = (
+        'python generate.py --prompt "import os" --max-new-tokens 8 --no-echo --temperature 1 --seed 3 --dtype float32'
+    )
+    written, again, planned = (shell(tree, line + more).stdout for more in ("", "", " --model out/base --plan dus"))
+    assert written == again == planned != ""
+    assert shell(tree, line.replace("--seed 3", "--seed 4")).stdout != written
+
+
+def test_generate_reads_standard_input_and_files(checkout):
+    tree, _ = checkout
+    piped = shell(tree, "python generate.py --max-new-tokens 4", stdin="class A:\n    def f\n")
+    assert piped.stdout.startswith("class A:\n    def f")
+    (tree / "prompts.txt").write_text("import\nclass Something:\n\nx\n")
+    batch = shell(tree, "python generate.py --prompts prompts.txt --max-new-tokens 4 --dtype float32").stdout
+    alone = [
+        shell(tree, f'python generate.py --prompt "{text}" --max-new-tokens 4 --dtype float32').stdout
+        for text in ("import", "class Something:", "x")
+    ]
+    assert batch == "".join(alone)
+
+
+def test_chat_answers_line_by_line(checkout):
+    tree, _ = checkout
+    done = shell(tree, "python generate.py --chat --max-new-tokens 3", stdin="Hello\n\nAnd you?\n")
+    assert done.returncode == 0
+    figures = done.stderr.splitlines()
+    assert len(figures) == 2
+    first, second = (int(re.match(r"prompt (\d+) tokens", line).group(1)) for line in figures)
+    assert second > first + 5  # the second turn carries the first
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--model nowhere --prompt x", "nowhere"),
+        ("--prompt x --device nonsense", "--device nonsense"),
+        ("--prompt x --dtype int8", "int8"),
+        ("--prompt x --plan dus:99", "M = 99 does not fit a model of 18 layers"),
+        ("--prompt x --top-p 2", "top_p must be above 0"),
+        ("--prompt x --max-new-tokens 0", "max_new_tokens must be at least 1"),
+        ("--prompts nowhere.txt", "nowhere.txt: No such file"),
+        ("--prompt x --prompts y", "not both"),
+        ("--chat --template solar --prompts y", "--chat takes"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2(checkout, flags, says):
+    tree, _ = checkout
+    done = shell(tree, f"python generate.py {flags}")
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_before_make_upscale_generate_says_what_to_do(tmp_path):
+    for name in ("solar", "kernels"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "generate.py", tmp_path)
+    done = shell(tmp_path, "python generate.py --prompt x")
+    assert done.returncode == 2
+    assert "`make upscale` makes it" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------ stop texts
+
+
+def test_stop_texts_are_never_printed_not_even_in_part():
+    gate = generate.StopAt(["###", "\n\nUser"])
+    assert [gate.push(text) for text in ("a#", "#b", "c\n", "\nUs", "e", "##")] == ["a", "##b", "c", "", "", "\n\nUse"]
+    assert gate.push("#!") == ""
+    assert gate.met
+    gate = generate.StopAt(["END"])
+    assert gate.push("xEN") + gate.push("", last=True) == "xEN"
+    assert generate.StopAt(["aab"]).push("caaab") == "ca"
+    assert generate.StopAt([]).push("anything") == "anything"
+
+
+# ------------------------------------------------------------------------------------------------ the README
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_first_commands_of_the_readme_run_as_they_stand(checkout):
+    tree, _ = checkout
+    first = blocks("sh")[0].splitlines()
+    assert [line.split("#")[0].split() for line in first[:2]] == [["make", "upscale"], ["source", ".venv/bin/activate"]]
+    done = shell(tree, first[2])
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_flag_and_plan_in_the_readme_exists():
+    """Each command is held against the options of its program; each plan is parsed for Mistral-7B's 32 layers."""
+    programs = {
+        "generate.py": generate.Options,
+        "solar.upscale": upscale.Options,
+        "solar.base": base.Options,
+        "tests.bench.make_checkpoint": make_checkpoint.Options,
+        "tests.bench.perplexity": perplexity.Options,
+    }
+    commands = [line for block in blocks("sh") for line in block.splitlines()] + re.findall(r"`(python [^`]*)`", README)
+    seen = set()
+    for command in commands:
+        for program, options in programs.items():
+            if program in command:
+                seen.add(program)
+                known = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(options)}
+                assert set(re.findall(r"(?<=\s)--[a-z-]+", command)) <= known, command
+        for text in re.findall(r"(?:PLAN=|--plan )([^\s`#]+)", command):
+            plan.parse_plan(text, 32)
+    assert seen >= {"generate.py", "solar.upscale", "tests.bench.make_checkpoint", "tests.bench.perplexity"}
+    table = re.findall(r"^\| `([a-z]+[:\d,-]*)` \|", README, flags=re.MULTILINE)
+    assert len(table) >= 6
+    for text in table:
+        plan.parse_plan(text, 32)
+
+
+def test_the_readme_names_what_exists():
+    for name in re.findall(r"`((?:solar|kernels|tests)/[\w/]+\.py)(?::[\w.]+)?`", README):
+        assert (ROOT / name).is_file(), name
+    for name, attribute in re.findall(r"`((?:solar|kernels)/[\w/]+\.py):([\w.]+)`", README):
+        source = (ROOT / name).read_text()
+        assert re.search(rf"(def|class) {attribute.split('.')[-1]}\b", source), f"{name}:{attribute}"
+    tree = re.search(r"```\n(generate\.py .*?)```", README, flags=re.DOTALL).group(1)
+    listed = {line.split()[0] for line in tree.splitlines()}
+    there = {f"solar/{path.name}" for path in (ROOT / "solar").glob("*.py")} - {"solar/__init__.py"}
+    assert there | {"generate.py", "kernels/", "tests/", "tests/bench/"} == listed
+    lines = len((ROOT / "solar/model.py").read_text().splitlines())
+    assert f"one forward pass is one file of {lines} lines" in README.replace("\n", " ")
+    for target in re.findall(r"`?make ([a-z-]+)\b", README):
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE), target
+
+
+def test_the_library_example_of_the_readme_runs(checkout, tmp_path):
+    tree, _ = checkout
+    code = blocks("python")[0].replace("mistral-7b", str(tree / "out/base")).replace('device="cuda"', 'device="cpu"')
+    code = code.replace('"solar-10.7b"', repr(str(tmp_path / "saved"))).replace("dus:8", "dus:3").replace("5565", "565")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "saved/model.safetensors").is_file()
