@@ -10,11 +10,13 @@ One file an operation: formula, reference, then the fast forms. Callers never sa
     y = kernels.rmsnorm(x, weight, eps)
 """
 
+import functools
 import sys
 from collections.abc import Callable
 
 from torch import Tensor
 
+from kernels import launch
 from kernels.attention import attention_reference, attention_torch
 from kernels.logprobs import label_logprobs_reference, label_logprobs_torch
 from kernels.rmsnorm import add_rmsnorm_reference, add_rmsnorm_torch, rmsnorm_reference, rmsnorm_torch
@@ -51,15 +53,23 @@ def select(choice: str = "auto") -> str:
     if choice == "triton":
         lacking = [name for name, forms in _FORMS.items() if "triton" not in forms]
         if lacking:
-            print(f"kernels: no triton form of {', '.join(lacking)}; torch's own runs instead", file=sys.stderr)
+            _say_once(f"kernels: no triton form of {', '.join(lacking)}; torch's own runs instead")
     before, _choice = _choice, choice
     return before
 
 
 def _form(name: str, x: Tensor) -> Callable:
     choice = ("triton" if x.is_cuda else "torch") if _choice == "auto" else _choice
+    if choice == "triton" and (reason := launch.why_not(x)):
+        _say_once(f"kernels: {reason}; torch's own operators run instead of triton's")
+        choice = "torch"
     forms = _FORMS[name]
     return next(forms[kind] for kind in _PREFERENCE[choice] if kind in forms)
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
