@@ -92,7 +92,8 @@ class Session:
 
         def on_token(row: int, token: int) -> bool:
             times.append(time.perf_counter())
-            if text := gates[row].push(decoders[row].push(token)):
+            known = token < self.tokenizer.vocab_size  # a padded embedding has rows that no text stands for
+            if text := gates[row].push(decoders[row].push(token) if known else ""):
                 emit(row, text)
             return gates[row].met
 

@@ -1,0 +1,147 @@
+"""Every kernel, in every configuration, compiled for GPUs that are not here: registers, spills, shared memory, products.
+
+A kernel that spills registers to memory, or asks for more shared memory than its GPU has, fails here, not on a user's
+machine; so does one whose matrix products do not become the tensor-core instructions of its architecture.
+"""
+
+import importlib
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+
+import kernels
+from kernels import launch
+from tests import conftest
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or not launch.HAVE_TRITON, reason="triton compiles on Linux only"
+)
+
+SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a compiled kernel takes of the machine."""
+
+    kernel: str
+    architecture: str
+    config: str
+    registers: int
+    spilled: int  # bytes on NVIDIA, registers on AMD
+    shared: int  # bytes
+    instructions: str  # the class of its matrix products: wgmma, mma, mfma, tcgen05, or none
+
+    def row(self) -> str:
+        return (
+            f"{self.kernel:<28} {self.architecture:<7} {self.config:<52} {self.registers:>5} {self.spilled:>7} "
+            f"{self.shared:>8} {self.instructions}"
+        )
+
+
+HEAD = f"{'kernel':<28} {'arch':<7} {'configuration':<52} {'regs':>5} {'spilled':>7} {'shared B':>8} products"
+
+
+def all_cases() -> list[tuple[str, int]]:
+    """(module, index) of every compile case: what can be sent to another process."""
+    found = []
+    for module in pkgutil.iter_modules(kernels.__path__, "kernels."):
+        cases = getattr(importlib.import_module(module.name), "compile_cases", None)
+        found += [(module.name, index) for index in range(len(cases()))] if cases else []
+    return found
+
+
+def compile_case(module: str, index: int) -> Figures:
+    """Compile one case and read the figures from what comes out."""
+    from triton import compile as triton_compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    case = importlib.import_module(module).compile_cases()[index]
+    names = case.kernel.arg_names
+    constants = {**case.constants, **case.config.constants}
+    assert constants.keys() | case.signature.keys() == set(names), f"{case.name}: arguments that no one sets"
+    source = ASTSource(
+        case.kernel,
+        signature={name: case.signature.get(name, "constexpr") for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in case.divisible},
+    )
+    amd = case.architecture.startswith("gfx")
+    number = case.architecture if amd else int(case.architecture.removeprefix("sm_"))
+    target = GPUTarget("hip", number, 64) if amd else GPUTarget("cuda", number, 32)
+    options = {"num_warps": case.config.num_warps, "num_stages": case.config.num_stages}
+    compiled = triton_compile(source, target=target, options=options)
+    told = ", ".join(f"{key}={value}" for key, value in {**case.config.constants, **options}.items())
+    told = told.replace("num_warps", "warps").replace("num_stages", "stages")
+    read = _read_amd if amd else _read_nvidia
+    return Figures(case.name, case.architecture, told, *read(compiled, case.architecture))
+
+
+def _read_nvidia(compiled, architecture: str) -> tuple[int, int, int, str]:
+    from triton.backends import nvidia
+
+    ptx = compiled.asm["ptx"]
+    folder = Path(nvidia.__file__).parent if nvidia.__file__ else Path(next(iter(nvidia.__path__)))
+    assembler = folder / "bin" / ("ptxas-blackwell" if architecture == "sm_100" else "ptxas")
+    target = re.search(r"^\.target (\w+)", ptx, flags=re.MULTILINE).group(1)
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [assembler, "-v", f"--gpu-name={target}", file.name, "-o", "/dev/null"]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers = int(re.search(r"Used (\d+) registers", told).group(1))
+    spilled = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", told)))
+    kinds = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
+    product = next((kind.split(".")[0] for kind in kinds if kind in ptx), "-")
+    return registers, spilled, compiled.metadata.shared, product
+
+
+def _read_amd(compiled, _: str) -> tuple[int, int, int, str]:
+    text = compiled.asm["amdgcn"]
+    field = lambda name: int(re.search(rf"\.{name}:\s+(\d+)", text).group(1))
+    spilled = field("vgpr_spill_count") + field("sgpr_spill_count")
+    return field("vgpr_count"), spilled, compiled.metadata.shared, "mfma" if "v_mfma" in text else "-"
+
+
+@pytest.fixture(scope="module")
+def figures() -> list[Figures]:
+    cases = all_cases()
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        found = list(pool.map(compile_case, *zip(*cases, strict=True)))
+    conftest.compiled_table[:] = [HEAD, *(figure.row() for figure in found)]
+    return found
+
+
+def test_no_kernel_spills(figures):
+    assert not [figure.row() for figure in figures if figure.spilled]
+
+
+def test_shared_memory_fits(figures):
+    assert not [figure.row() for figure in figures if figure.shared > SHARED_LIMIT[figure.architecture]]
+
+
+def test_no_row_is_missing(figures):
+    """Each kernel is there for each architecture that the configurations are for."""
+    rows = {(figure.kernel.split(" ")[0], figure.architecture) for figure in figures}
+    names = {kernel for kernel, _ in rows}
+    assert not {(kernel, arch) for kernel in names for arch in launch.ARCHITECTURES} - rows
+    assert {module for module, _ in all_cases()} == {
+        f"kernels.{name}" for name in ("attention", "decode", "logprobs", "rmsnorm", "rotary", "swiglu")
+    }
+
+
+def test_attention_uses_the_tensor_cores(figures):
+    """On Hopper only wgmma reaches the peak; a product that falls back to mma.sync loses half of it."""
+    attention = [figure for figure in figures if figure.kernel.startswith("attention")]
+    assert attention
+    expected = {"sm_80": {"mma"}, "sm_90": {"wgmma"}, "sm_100": {"tcgen05", "mma"}, "gfx942": {"mfma"}}
+    assert not [figure.row() for figure in attention if figure.instructions not in expected[figure.architecture]]
