@@ -91,7 +91,8 @@ class Case:
                 ratios.append(f"{other} {clock(call) / ms:.2f}x")
             except (RuntimeError, ValueError) as error:  # a backend that does not take this shape, or lacks the memory
                 ratios.append(f"{other} -: {str(error).splitlines()[0][:40]}")
-        return f"{self.name:<22} {self.shape:<34} {ms:>8.3f} {rate:>8.0f} {unit:<7}{rate / best:>7.0%}  {', '.join(ratios)}"
+        measured = f"{ms:>8.3f} {rate:>8.0f} {unit:<7}{rate / best:>7.0%}"
+        return f"{self.name:<22} {self.shape:<34} {measured}  {', '.join(ratios)}"
 
 
 def measure_ceiling(clock: Clock, small: bool) -> Ceiling:
