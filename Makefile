@@ -25,10 +25,13 @@ else
   TESTS := check-dev
 endif
 
+# Triton reads the switch when it decorates a kernel, so its interpreter has a process of its own. No Triton, no tests of it.
+IN_THE_INTERPRETER = $(PY) -c 'import triton' 2>/dev/null || { echo "skipped: no triton here, so no tests of its kernels"; exit 0; }; \
+  TRITON_INTERPRET=1 $(PY) -m pytest tests/interpreter
 SIDE_BY_SIDE := $(if $(filter-out 1,$(NPROC)),-n $(NPROC))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup upscale test test-full clean check check-dev
+.PHONY: help setup upscale test test-full test-gpu bench-gpu clean check check-dev
 
 help:  ## this list
 	@echo "usage: make TARGET [MODEL=DIR] [OUT=DIR] [PLAN=dus:8] [NPROC=N] [PYTHON=python3] [ARGS=...]"
@@ -51,10 +54,19 @@ endif
 test: $(TESTS)  ## every check that a CPU can run; before each commit, and in CI
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
 	@$(PY) -m pytest -m "not slow" $(SIDE_BY_SIDE) $(ARGS)
+	@$(IN_THE_INTERPRETER) -m "not slow" $(SIDE_BY_SIDE)
 
 test-full: $(TESTS)  ## the same with the long counts
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
 	@$(PY) -m pytest $(SIDE_BY_SIDE) $(ARGS)
+	@$(IN_THE_INTERPRETER) $(SIDE_BY_SIDE)
+
+test-gpu: $(TESTS)  ## the kernels on this machine's GPU: bf16 parity, compilation, determinism
+	@$(PY) -m pytest tests/gpu $(ARGS)
+
+bench-gpu: $(READY)  ## the kernels' speed on this machine's GPU, beside torch's own; whole 10.7B-shaped steps
+	@$(PY) -m kernels.bench $(ARGS)
+	@$(PY) -m tests.bench.model_gpu $(ARGS)
 
 clean:  ## remove .venv; what you made under out/ stays
 	rm -rf .venv

@@ -21,7 +21,7 @@ from torch import Tensor
 from solar.cli import publish
 from solar.config import ModelConfig
 from solar.model import DecoderLayer, Transformer
-from solar.plan import ZEROED_IN_IDENTITY, Plan, parse_plan
+from solar.plan import ZEROED_IN_IDENTITY, Plan, from_json, parse_plan, to_json
 from solar.tensorfile import (
     StoredTensor,
     TensorToWrite,
@@ -107,6 +107,7 @@ class CheckpointReader:
             raise ValueError(f"{config_file}: {error}") from None
 
         self._problems: list[str] = []
+        self._unread = 0  # files; what they hold is not known, so neither is what is missing
         self.files = self._read_index(index) if isinstance(index, Path) else dict.fromkeys(index)
         stored = self._read_headers()
         self.weights = self._name(stored)
@@ -118,6 +119,8 @@ class CheckpointReader:
         for weight in self.weights.values():
             sizes[weight.stored.dtype] += weight.stored.numel
         self.dtype = max(sizes, key=sizes.__getitem__)
+        if self.layout == "mistral":  # params.json does not say
+            self.config = replace(self.config, torch_dtype=str(self.dtype).removeprefix("torch."))
         self._mapped: dict[Path, Tensor] = {}
 
     def tensor(self, name: str) -> Tensor:
@@ -168,12 +171,14 @@ class CheckpointReader:
             path = self.path / file_name
             if not path.is_file():
                 self._problems.append(f"{file_name}: named in the index, but there is no such file")
+                self._unread += 1
                 continue
             try:
                 read = read_safetensors_header if file_name.endswith(".safetensors") else read_torch_archive
                 found = read(path)
             except ValueError as error:
                 self._problems.append(str(error))
+                self._unread += 1
                 continue
             if expected is not None and found.keys() != expected:
                 self._list("not in", file_name, "though the index says so", expected - found.keys())
@@ -194,7 +199,7 @@ class CheckpointReader:
             layer = parts[1] if parts[0] == "layers" and len(parts) > 2 and parts[1].isdecimal() else None
             known = MISTRAL_NAMES.get(name if layer is None else ".".join(["layers", "{}", *parts[2:]]))
             rotary_heads = heads.get(parts[-2]) if known and len(parts) > 2 else None
-            weights[known.format(layer) if known else name] = Weight(tensor, rotary_heads)
+            weights[known.format(layer) if known else f"{name} (not Mistral's)"] = Weight(tensor, rotary_heads)
         return weights
 
     # -------------------------------------------------------------------------------------------- checking
@@ -210,16 +215,16 @@ class CheckpointReader:
                     "lm_head.weight differs from model.embed_tokens.weight, but tie_word_embeddings is true; "
                     "set it to false to use both"
                 )
-        incomplete = bool(self._problems)  # a shard that cannot be read explains what is missing
-        found_layers = {int(name.split(".")[2]) for name in self.weights if name.startswith("model.layers.")}
-        if not incomplete and found_layers and len(found_layers) != self.config.num_hidden_layers:
+        of_layers = (name.split(".")[2] for name in self.weights if name.startswith("model.layers."))
+        found_layers = {layer for layer in of_layers if layer.isdecimal()}
+        if not self._unread and found_layers and len(found_layers) != self.config.num_hidden_layers:
             self._problems.append(
                 f"num_hidden_layers is {self.config.num_hidden_layers}, but the files hold {len(found_layers)} layers"
             )
-        if not incomplete:
+        if not self._unread:
             self._list("missing from", "the files", "the config implies them", expected.keys() - self.weights.keys())
         self._list("in", "the files", "unknown to this config", self.weights.keys() - expected.keys())
-        for name in expected.keys() & self.weights.keys():
+        for name in (name for name in expected if name in self.weights):
             stored = self.weights[name].stored
             if stored.shape != expected[name]:
                 where = f"{name} in {stored.path.name}"
@@ -240,7 +245,7 @@ class CheckpointReader:
 
 def natural_order(name: str) -> list[Any]:
     """Sort key that puts layer 2 before layer 10."""
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in name.split(".")]
+    return [(0, len(part), part) if part.isdecimal() else (1, 0, part) for part in name.split(".")]
 
 
 def _same_bytes(a: StoredTensor, b: StoredTensor) -> bool:
@@ -255,10 +260,11 @@ def _same_bytes(a: StoredTensor, b: StoredTensor) -> bool:
 
 def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     """bfloat16, float16, float32, or bf16, fp16, fp32; None stays None. Raises ValueError for anything else."""
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype
+    if dtype is None:
+        return None
     short = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-    full = short.get(dtype, dtype)
+    name = str(dtype).removeprefix("torch.")
+    full = short.get(name, name)
     if full not in short.values():
         raise ValueError(f"dtype {dtype!r} is not one of bfloat16, float16, float32")
     return getattr(torch, full)
@@ -281,8 +287,9 @@ def load_model(
     reader = CheckpointReader(path)
     config, dtype = reader.config, parse_dtype(dtype) or reader.dtype
     if plan is not None:
-        plan = parse_plan(plan, config.num_hidden_layers) if isinstance(plan, str) else plan
-        config = config.with_depth(config.num_hidden_layers)  # of the type that the grown model will have
+        depth = config.num_hidden_layers
+        plan = parse_plan(plan, depth) if isinstance(plan, str) else from_json(to_json(plan), depth)
+        config = config.with_depth(depth)  # of the type that the grown model will have
     with torch.device("meta"):
         model = Transformer(config)
     weights = {name: reader.tensor(name).to(device=device, dtype=dtype) for name in reader.weights}

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 MODEL_TYPES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
+MAX_LAYERS = 10_000  # a config that asks for more is broken, and would fill the memory with names alone
 
 # Keys of config.json that say nothing about the forward pass, or nothing that the tensors do not say themselves.
 # (attention_dropout acts only in training, and no published Llama or Mistral uses one; pretraining_tp only says in how
@@ -99,13 +100,19 @@ class ModelConfig:
             value = getattr(self, name)
             if type(value) is not int or not 0 < value < 2**31:
                 yield f"{name} must be a positive whole number, found {value!r}"
+            elif name == "num_hidden_layers" and value > MAX_LAYERS:
+                yield f"{name} must be at most {MAX_LAYERS}, found {value}"
         for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
-            value = getattr(self, name)
-            if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
-                yield f"{name} must be a positive number, found {value!r}"
+            if not _is_positive(getattr(self, name)):
+                yield f"{name} must be a positive number, found {getattr(self, name)!r}"
         for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
             if type(getattr(self, name)) is not bool:
                 yield f"{name} must be true or false, found {getattr(self, name)!r}"
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(self, name)
+            ids = value if name == "eos_token_id" and isinstance(value, tuple) else (value,)
+            if value is not None and any(type(i) is not int for i in ids):
+                yield f"{name} must be a whole number, found {value!r}"
         if self.model_type not in MODEL_TYPES:
             yield f"model_type {self.model_type!r} is not supported, only {' and '.join(MODEL_TYPES)}"
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
@@ -125,9 +132,10 @@ class ModelConfig:
         """From the content of a `config.json`. Raises ValueError naming what is missing, wrong or not supported."""
         if not isinstance(raw, dict):
             raise ValueError(f"config: expected a JSON object, found {type(raw).__name__}")
-        raw = {key: value for key, value in raw.items() if value is not None or key == "sliding_window"}
+        null_matters = ("sliding_window", "num_key_value_heads")
+        raw = {key: value for key, value in raw.items() if value is not None or key in null_matters}
         model_type = raw.pop("model_type", None)
-        if model_type not in MODEL_TYPES:
+        if model_type not in tuple(MODEL_TYPES):
             raise ValueError(f"config: model_type {model_type!r} is not supported, only {' and '.join(MODEL_TYPES)}")
         _refuse_what_cannot_run(raw, model_type)
 
@@ -141,13 +149,14 @@ class ModelConfig:
             raw["head_dim"] = hidden // heads
         # What a key means when it is absent is the model class's own default, and the two classes differ.
         if model_type == "mistral":
-            raw.setdefault("num_key_value_heads", 8)
+            raw.setdefault("num_key_value_heads", 8)  # absent means 8, null means as many as query heads
             raw.setdefault("max_position_embeddings", 4096 * 32)
             raw.setdefault("sliding_window", 4096)  # absent means 4096, null means none
         else:
-            raw.setdefault("num_key_value_heads", heads)
             if raw.pop("sliding_window", None) is not None:
                 warnings.warn("config: sliding_window ignored: model_type llama has none", stacklevel=2)
+        if raw.get("num_key_value_heads") is None:
+            raw["num_key_value_heads"] = heads
         theta, scaling = _read_rope(raw)
         eos = raw.get("eos_token_id")
         dtype = raw.get("torch_dtype", raw.get("dtype"))
@@ -167,6 +176,7 @@ class ModelConfig:
             **{key: value for key, value in raw.items() if key in known},
         )
         handled = known | INERT_KEYS | {"rope_theta", "rope_scaling", "rope_parameters", "eos_token_id", "hidden_act"}
+        handled |= {"partial_rotary_factor", "num_local_experts", "num_experts"}  # passed: they ask for nothing special
         unknown = sorted(
             key for key, value in raw.items() if key not in handled and value not in (False, 0, "", [], {})
         )
@@ -291,7 +301,7 @@ class ModelConfig:
 def _refuse_what_cannot_run(raw: dict[str, Any], model_type: str) -> None:
     """Raise ValueError for everything in a config that would change the logits and is not implemented."""
     architectures = raw.get("architectures") or [MODEL_TYPES[model_type]]
-    if MODEL_TYPES[model_type] not in architectures:
+    if not isinstance(architectures, list) or MODEL_TYPES[model_type] not in architectures:
         raise ValueError(f"config: architectures {architectures} is not supported, only {MODEL_TYPES[model_type]}")
     if raw.get("hidden_act", "silu") not in ("silu", "swish"):
         raise ValueError(f"config: hidden_act {raw['hidden_act']!r} is not supported, only silu")
@@ -301,8 +311,6 @@ def _refuse_what_cannot_run(raw: dict[str, Any], model_type: str) -> None:
         )
     if (experts := raw.get("num_local_experts", raw.get("num_experts"))) not in (None, 0, 1):
         raise ValueError(f"config: a mixture of {experts} experts is not supported")
-    if (partial := raw.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise ValueError(f"config: partial_rotary_factor {partial!r} is not supported, only 1.0")
     if layer_types := raw.pop("layer_types", None):
         windowed = raw.get("sliding_window", 4096 if model_type == "mistral" else None) is not None
         expected = "sliding_attention" if windowed and model_type == "mistral" else "full_attention"
@@ -312,38 +320,47 @@ def _refuse_what_cannot_run(raw: dict[str, Any], model_type: str) -> None:
 
 def _read_rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     """rope_theta and scaling from either spelling: `rope_theta` with `rope_scaling`, or `rope_parameters`."""
-    parameters = dict(raw.get("rope_parameters") or {})
-    scaling = dict(raw.get("rope_scaling") or {})
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(raw.get(key, {}), dict):
+            raise ValueError(f"config: {key} must be an object, found {raw[key]!r}")
+    parameters, scaling = dict(raw.get("rope_parameters", {})), dict(raw.get("rope_scaling", {}))
     if any(isinstance(value, dict) for value in parameters.values()):
         raise ValueError("config: rope_parameters that differ from layer to layer are not supported")
-    thetas = {source[key] for source, key in ((raw, "rope_theta"), (parameters, "rope_theta")) if key in source}
-    if len(thetas) > 1:
-        raise ValueError(
-            f"config: rope_theta {raw['rope_theta']} and rope_parameters disagree: {parameters['rope_theta']}"
-        )
-    theta = thetas.pop() if thetas else 10_000.0
+    for partial in (raw.get("partial_rotary_factor", 1.0), parameters.pop("partial_rotary_factor", 1.0)):
+        if partial != 1.0:
+            raise ValueError(f"config: partial_rotary_factor {partial!r} is not supported, only 1.0")
+    thetas = [source["rope_theta"] for source in (raw, parameters) if "rope_theta" in source]
+    if len(thetas) == 2 and thetas[0] != thetas[1]:
+        raise ValueError(f"config: rope_theta {thetas[0]} and rope_parameters disagree: {thetas[1]}")
+    theta = thetas[0] if thetas else 10_000.0
     parameters.pop("rope_theta", None)
     if scaling and parameters and scaling != parameters:
         raise ValueError(f"config: rope_scaling {scaling} and rope_parameters disagree: {parameters}")
     values = scaling or parameters
     kind = values.pop("rope_type", None) or values.pop("type", None) or "default"
     values.pop("type", None)  # old and new spelling side by side
-    if kind == "default":
-        return theta, None
     wanted = {
+        "default": set(),
         "linear": {"factor"},
         "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
-    }.get(kind)
-    if wanted is None:
+    }
+    if kind not in tuple(wanted):
         raise ValueError(f"config: rope_scaling of type {kind!r} is not supported, only linear and llama3")
-    if set(values) != wanted:
-        raise ValueError(f"config: rope_scaling {kind} needs exactly {sorted(wanted)}, found {sorted(values)}")
+    if set(values) != wanted[kind]:
+        raise ValueError(f"config: rope_scaling {kind} needs exactly {sorted(wanted[kind])}, found {sorted(values)}")
+    if kind == "default":
+        return theta, None
     for key, value in values.items():
-        if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
+        if not _is_positive(value):
             raise ValueError(f"config: rope_scaling {key} must be a positive number, found {value!r}")
     if kind == "llama3" and values["high_freq_factor"] <= values["low_freq_factor"]:
         raise ValueError("config: rope_scaling high_freq_factor must be greater than low_freq_factor")
     return theta, RopeScaling(kind, **values)
+
+
+def _is_positive(value: Any) -> bool:
+    """Whether it is a number above 0 that a tensor of int64 or fp32 can hold: not true, not NaN, not 10**400."""
+    return type(value) in (int, float) and 0 < value < 2**63
 
 
 MISTRAL_7B = ModelConfig(

@@ -30,7 +30,8 @@ def choose_probabilities(
     top_k keeps the k likeliest tokens; top_p the fewest likeliest whose probabilities reach p, at least one
     (arXiv:1904.09751); min_p those at least min_p times as likely as the likeliest (arXiv:2407.01082).
     """
-    logits = logits.float() / temperature
+    logits = logits.float()
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # at most 0: no temperature makes it overflow
     if top_k is not None and top_k < logits.shape[-1]:
         threshold = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < threshold, float("-inf"))
@@ -52,7 +53,9 @@ def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def _check(model: Transformer, prompts, max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty) -> None:
+def _check(
+    model: Transformer, prompts, max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed
+) -> None:
     if not prompts or not all(prompts):
         raise ValueError("every prompt needs at least one token; begin an empty one with the BOS id")
     vocabulary, context = model.config.vocab_size, model.config.max_position_embeddings
@@ -72,6 +75,7 @@ def _check(model: Transformer, prompts, max_new_tokens, temperature, top_k, top_
         "top_p": (top_p, top_p is None or 0 < top_p <= 1, "above 0 and at most 1"),
         "min_p": (min_p, min_p is None or 0 <= min_p <= 1, "between 0 and 1"),
         "repetition_penalty": (repetition_penalty, 0 < repetition_penalty < float("inf"), "above 0; 1 is none"),
+        "seed": (seed, seed is None or -(2**63) <= seed < 2**63, "a whole number of at most 64 bits"),
     }
     for name, (value, fits, wanted) in ranges.items():
         if not fits:
@@ -100,7 +104,7 @@ def generate(
     Raises ValueError for an empty prompt, an id outside the vocabulary, a setting out of range, or a prompt that with
     max_new_tokens exceeds the model's context.
     """
-    _check(model, prompts, max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty)
+    _check(model, prompts, max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed)
     stops = set() if eos_id is None else {eos_id} if isinstance(eos_id, int) else set(eos_id)
     weight = model.model.embed_tokens.weight
     device, B, longest = weight.device, len(prompts), max(map(len, prompts))

@@ -13,18 +13,20 @@ Files come from strangers. A header is bounded, must be consistent and must cove
 import json
 import math
 import os
-import pickle
+import struct
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own bound
-CHUNK_BYTES = 16 << 20
+MAX_RANK = 64  # torch's own bound
+CHUNK_BYTES = 4 << 20  # a cast holds about a dozen of them
 
 DTYPES = {
     "BF16": torch.bfloat16,
@@ -99,7 +101,7 @@ def parse_json(data: bytes, what: Path | str) -> Any:
 
     def unique(pairs):
         if len(pairs) != len(values := dict(pairs)):
-            twice = next(key for i, (key, _) in enumerate(pairs) if key in {k for k, _ in pairs[:i]})
+            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
             raise ValueError(f"the key {twice!r} stands twice")
         return values
 
@@ -139,8 +141,9 @@ def read_safetensors_header(path: Path) -> dict[str, StoredTensor]:
                 raise ValueError(f"{path}: {name}: malformed entry in the header: {str(entry)[:100]}")
         if dtype not in DTYPES:
             raise ValueError(f"{path}: {name}: dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-        if not all(type(n) is int and 0 <= n < 2**48 for n in shape) or not 0 <= begin <= end:
-            raise ValueError(f"{path}: {name}: malformed shape {shape} or offsets [{begin}, {end}]")
+        numbers = [*shape, begin, end]  # of type int exactly: JSON's true and false are bools, and those count as ints
+        if not all(type(n) is int and 0 <= n < 2**48 for n in numbers) or begin > end or len(shape) > MAX_RANK:
+            raise ValueError(f"{path}: {name}: malformed shape {str(shape)[:100]} or offsets [{begin}, {end}]")
         tensors[name] = tensor = StoredTensor(path, 8 + length + begin, tuple(shape), DTYPES[dtype])
         if tensor.nbytes != end - begin:
             raise ValueError(
@@ -160,37 +163,59 @@ def read_torch_archive(path: Path) -> dict[str, StoredTensor]:
     """Name -> place of every tensor in a state dict that `torch.save` wrote. Raises ValueError as above."""
     from torch._subclasses.fake_tensor import FakeTensorMode  # takes half a second, and only this container needs it
 
-    if not zipfile.is_zipfile(path):
-        raise ValueError(
-            f"{path}: not a zip archive of torch.save: truncated, or older than torch 1.6; load and save it again"
-        )
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
-                raise ValueError(f"{path}: a compressed zip archive, which torch.save never writes")
-        with FakeTensorMode():
-            state = torch.load(path, weights_only=True, map_location="cpu")
-    except (pickle.UnpicklingError, RuntimeError, zipfile.BadZipFile, EOFError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path}: torch's safe unpickler refuses it: {reason}") from None
+    with open(path, "rb") as file:
+        try:
+            if not zipfile.is_zipfile(file):
+                older = "truncated, or older than torch 1.6; load and save it again"
+                raise ValueError(f"not a zip archive of torch.save: {older}")
+            records = _read_records(file)
+            with FakeTensorMode():
+                state = torch.load(path, weights_only=True, map_location="cpu")
+        except Exception as error:  # a broken archive can make zipfile and the unpickler fail in any way
+            reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0].partition(". ")[0]
+            raise ValueError(f"{path}: {reason or type(error).__name__}") from None
+    kind = lambda value: "tensor" if isinstance(value, torch.Tensor) else type(value).__name__
     if not isinstance(state, dict):
-        raise ValueError(f"{path}: holds a {type(state).__name__}, expected a dictionary of tensors")
+        raise ValueError(f"{path}: holds a {kind(state)}, expected a dictionary of tensors")
 
-    tensors, size = {}, path.stat().st_size
+    tensors = {}
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise ValueError(f"{path}: {name!r} is a {type(tensor).__name__}, expected a tensor")
-        if not tensor.is_contiguous():
+            raise ValueError(f"{path}: {name!r}: a {kind(tensor)}; expected a dictionary of tensors by name")
+        if not tensor.is_contiguous() or tensor.is_neg():
             raise ValueError(
-                f"{path}: {name} is stored with strides {tensor.stride()}; save it again as a contiguous tensor"
+                f"{path}: {name} is a view, with strides {tensor.stride()}; save it again as a contiguous tensor"
             )
-        # The record's place in the file, which fake mode notes instead of its bytes (torch's documented layout
-        # control).
-        offset = tensor.untyped_storage()._checkpoint_offset + tensor.storage_offset() * tensor.dtype.itemsize
-        tensors[name] = StoredTensor(path, offset, tuple(tensor.shape), tensor.dtype)
-        if offset + tensors[name].nbytes > size:
-            raise ValueError(f"{path}: {name} would end at byte {offset + tensors[name].nbytes} of {size}: truncated")
+        # The record's place in the file, which fake mode notes in place of the bytes (torch's documented layout
+        # control). It takes the padding of torch.save for granted, and a tensor of device meta has no place.
+        storage = tensor.untyped_storage()
+        start = getattr(storage, "_checkpoint_offset", None)
+        skipped = tensor.storage_offset() * tensor.dtype.itemsize
+        if start is None or records.get(start) != storage.nbytes() or skipped + tensor.nbytes > storage.nbytes():
+            raise ValueError(
+                f"{path}: {name} is not where it should be: damaged, or packed again; load and save it again"
+            )
+        tensors[name] = StoredTensor(path, start + skipped, tuple(tensor.shape), tensor.dtype)
     return tensors
+
+
+def _read_records(file: BinaryIO) -> dict[int, int]:
+    """Place -> size of every record of a zip archive. ValueError unless they lie plainly one after the other."""
+    sizes, at = {}, 0
+    with zipfile.ZipFile(file) as archive:
+        for record in sorted(archive.infolist(), key=lambda record: record.header_offset):
+            archive.open(record).close()  # compares the record's own header with the archive's directory
+            file.seek(record.header_offset + 26)  # there: the lengths of the name and of a padding before the bytes
+            start = record.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
+            if record.compress_type != zipfile.ZIP_STORED or record.header_offset < at:
+                raise ValueError(f"{record.filename} is compressed or overlaps another record: not by torch.save")
+            sizes[start], at = record.file_size, start + record.file_size
+            file.seek(start)  # torch crashes on another byte order in fake mode, and takes capitals for small letters
+            if record.filename.lower().endswith("/byteorder") and file.read(record.file_size) != b"little":
+                raise ValueError("not saved in little-endian byte order; load and save it again")
+        if at > archive.start_dir:
+            raise ValueError("its last record is longer than the space for it: damaged")
+    return sizes
 
 
 # ------------------------------------------------------------------------------------------------ writing
@@ -212,9 +237,12 @@ class TensorToWrite:
 
 def write_bytes(file: FileIO, tensor: torch.Tensor) -> None:
     """The bytes of a CPU tensor, row-major, to an unbuffered file."""
-    view = memoryview(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
-    while view:
-        view = view[file.write(view) :]
+    _write_all(file, memoryview(tensor.detach().contiguous().flatten().view(torch.uint8).numpy()))
+
+
+def _write_all(file: FileIO, data: memoryview) -> None:
+    while data:  # an unbuffered write may end early, without an error
+        data = data[file.write(data) :]
 
 
 def write_safetensors(path: Path, tensors: list[TensorToWrite]) -> None:
@@ -228,7 +256,7 @@ def write_safetensors(path: Path, tensors: list[TensorToWrite]) -> None:
     encoded += b" " * (-len(encoded) % 8)  # so that the data begins aligned
     try:
         with open(path, "xb", buffering=0) as file:
-            file.write(len(encoded).to_bytes(8, "little") + encoded)
+            _write_all(file, memoryview(len(encoded).to_bytes(8, "little") + encoded))
             end = file.tell()
             for tensor in tensors:
                 tensor.write(file)

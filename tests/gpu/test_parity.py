@@ -16,6 +16,7 @@ from solar.config import TINY
 from solar.model import KVCache, Transformer
 from solar.sampling import generate
 
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here; `make test-gpu` where there is one")
 DEVICE = "cuda"
 dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 
