@@ -18,21 +18,32 @@ from torch import Tensor
 
 from kernels import launch
 from kernels.attention import attention_reference, attention_torch
-from kernels.logprobs import label_logprobs_reference, label_logprobs_torch
-from kernels.rmsnorm import add_rmsnorm_reference, add_rmsnorm_torch, rmsnorm_reference, rmsnorm_torch
-from kernels.rotary import rotary_reference
-from kernels.swiglu import swiglu_reference, swiglu_torch
+from kernels.logprobs import label_logprobs_reference, label_logprobs_torch, label_logprobs_triton
+from kernels.rmsnorm import (
+    add_rmsnorm_reference,
+    add_rmsnorm_torch,
+    add_rmsnorm_triton,
+    rmsnorm_reference,
+    rmsnorm_torch,
+    rmsnorm_triton,
+)
+from kernels.rotary import rotary_reference, rotary_triton
+from kernels.swiglu import swiglu_reference, swiglu_torch, swiglu_triton
 
 CHOICES = ("auto", "triton", "torch", "reference")
 
 # Which forms each operation has. The first one of the order of preference that exists is taken.
 _FORMS: dict[str, dict[str, Callable]] = {
-    "rmsnorm": {"torch": rmsnorm_torch, "reference": rmsnorm_reference},
-    "add_rmsnorm": {"torch": add_rmsnorm_torch, "reference": add_rmsnorm_reference},
-    "rotary": {"reference": rotary_reference},
+    "rmsnorm": {"triton": rmsnorm_triton, "torch": rmsnorm_torch, "reference": rmsnorm_reference},
+    "add_rmsnorm": {"triton": add_rmsnorm_triton, "torch": add_rmsnorm_torch, "reference": add_rmsnorm_reference},
+    "rotary": {"triton": rotary_triton, "reference": rotary_reference},
     "attention": {"torch": attention_torch, "reference": attention_reference},
-    "swiglu": {"torch": swiglu_torch, "reference": swiglu_reference},
-    "label_logprobs": {"torch": label_logprobs_torch, "reference": label_logprobs_reference},
+    "swiglu": {"triton": swiglu_triton, "torch": swiglu_torch, "reference": swiglu_reference},
+    "label_logprobs": {
+        "triton": label_logprobs_triton,
+        "torch": label_logprobs_torch,
+        "reference": label_logprobs_reference,
+    },
 }
 _PREFERENCE = {
     "triton": ("triton", "torch", "reference"),

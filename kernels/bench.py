@@ -136,6 +136,7 @@ def forward_backward(
 
 
 def elementwise_cases(device: torch.device, small: bool) -> list[Case]:
+    """RMSNorm, SwiGLU and rotary embedding, at the sizes of Mistral-7B and one many rows high."""
     random = lambda *shape: torch.randn(*shape, device=device, dtype=torch.bfloat16)
     compiled = (lambda f: f) if small else (lambda f: torch.compile(f, dynamic=False))
     cases = []
@@ -186,6 +187,7 @@ def sdpa(backend: SDPBackend, expand: bool) -> Callable:
 
 
 def attention_cases(device: torch.device, small: bool) -> list[Case]:
+    """Causal, windowed and packed attention, and decoding against a long cache; heads of Mistral-7B."""
     random = lambda *shape: torch.randn(*shape, device=device, dtype=torch.bfloat16)
     backends = {
         "flash": sdpa(SDPBackend.FLASH_ATTENTION, False),
@@ -223,6 +225,7 @@ def attention_cases(device: torch.device, small: bool) -> list[Case]:
 
 
 def logprobs_cases(device: torch.device, small: bool) -> list[Case]:
+    """The vocabulary projection with its log-softmax, at Mistral-7B's size."""
     N, D, V = (64, 32, 100) if small else (8192, 4096, 32000)
     x = torch.randn(N, D, device=device, dtype=torch.bfloat16)
     w = torch.randn(V, D, device=device, dtype=torch.bfloat16) * D**-0.5

@@ -69,13 +69,17 @@ def interpreted() -> bool:
 
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """The row of the configuration tables that a device takes: the newest architecture that is not newer than it."""
+    """The row of the configuration tables that a device takes.
+
+    Consumer GPUs of every generation (sm_86, sm_89, sm_120) take that of sm_80: they have its tensor cores and, with
+    99 KB, the least shared memory, for which its configurations are made.
+    """
     if device.type != "cuda":
         return "sm_80"  # the interpreter computes the same with any
     if torch.version.hip:
         return "gfx942"
     major, _ = torch.cuda.get_device_capability(device)
-    return "sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_80"
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
 def why_not(x: torch.Tensor) -> str | None:

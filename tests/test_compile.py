@@ -1,4 +1,4 @@
-"""Every kernel, in every configuration, compiled for GPUs that are not here: registers, spills, shared memory, products.
+"""Every kernel in every configuration, compiled for GPUs that are not here: registers, spills, shared memory, products.
 
 A kernel that spills registers to memory, or asks for more shared memory than its GPU has, fails here, not on a user's
 machine; so does one whose matrix products do not become the tensor-core instructions of its architecture.
@@ -25,7 +25,8 @@ pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or not launch.HAVE_TRITON, reason="triton compiles on Linux only"
 )
 
-SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+# An A100 has 163 KB, but the row of sm_80 also serves the consumer GPUs sm_86, sm_89 and sm_120, which have 99.
+SHARED_LIMIT = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 
 
 @dataclass(frozen=True)
