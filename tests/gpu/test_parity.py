@@ -122,7 +122,7 @@ def test_decode(B, H, K, T, S, window, E, dtype):
 
 
 @dtypes
-@pytest.mark.parametrize(("N", "D", "V"), [(1, 64, 97), (1025, 256, 32000)])
+@pytest.mark.parametrize(("N", "D", "V"), [(1, 64, 97), (1025, 256, 32000), (9000, 256, 32002)])
 def test_label_logprobs(N, D, V, dtype):
     x, w = random(N, D, dtype=dtype), random(V, D, dtype=dtype) * D**-0.5
     labels = torch.randint(0, V, (N,), device=DEVICE)
