@@ -13,8 +13,9 @@ NPROC  ?= 1
 ARGS   ?=
 PYTHON ?=
 
-# conda's base environment is active in every shell that conda has touched: that is no choice of an environment.
-ACTIVE := $(or $(VIRTUAL_ENV),$(if $(filter-out base,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX)))
+# conda's base environment is active in every shell that conda has touched: that is no choice of an environment; nor is
+# our own .venv, which these targets keep complete.
+ACTIVE := $(or $(filter-out $(CURDIR)/.venv,$(VIRTUAL_ENV)),$(if $(filter-out base,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX)))
 ifeq ($(PYTHON)$(ACTIVE),)
   PY    := .venv/bin/python
   READY := .venv/ready
@@ -74,7 +75,7 @@ clean:  ## remove .venv; what you made under out/ stays
 .venv/bin/python:
 	@python3 -c 'import sys; sys.exit(f"error: Python 3.11 or newer is needed, python3 is {sys.version.split()[0]}; give PYTHON=..." if sys.version_info < (3, 11) else 0)'
 	@echo "making .venv (Python packages: torch, numpy, sentencepiece, safetensors, triton)"
-	@python3 -m venv .venv
+	@python3 -m venv .venv || { rm -rf .venv; exit 1; }
 
 .venv/ready: requirements.txt .venv/bin/python
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
@@ -87,6 +88,8 @@ clean:  ## remove .venv; what you made under out/ stays
 # An environment of the user's own is never changed, only looked at.
 define LACKING
 import sys, importlib.util
+if sys.version_info < (3, 11):
+    sys.exit(f"error: Python 3.11 or newer is needed, {sys.executable} is {sys.version.split()[0]}")
 lack = [name for name in sys.argv[2:] if not importlib.util.find_spec(name)]
 if lack:
     sys.exit(f"error: {sys.executable} lacks {', '.join(lack)}: run  {sys.executable} -m pip install -r {sys.argv[1]}")

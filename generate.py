@@ -139,14 +139,28 @@ def weight_bytes(model: Transformer) -> int:
     return sum(parameter.nbytes for part in parts for parameter in part.parameters())
 
 
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
+
+
 def load(options: Options) -> Session:
     if options.model == Options.model and not Path(options.model).exists():
         raise FileNotFoundError(f"{options.model} does not exist yet: `make upscale` makes it, or give --model DIR")
     device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    kind = device.partition(":")[0]
     try:
+        if kind not in ("cpu", "cuda", "mps"):
+            raise ValueError(f"--device {device}: must be cpu, cuda, cuda:N or mps")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"--device {device}: there is none here ({str(error).splitlines()[0][:100]})") from None
+    if options.temperature == 0 and any(
+        x is not None for x in (options.top_k, options.top_p, options.min_p, options.seed)
+    ):
+        print("note: temperature 0 takes the likeliest token; top-k, top-p, min-p and seed do nothing", file=sys.stderr)
     select(options.kernels)
     tokenizer = Tokenizer(options.model)
     model = load_model(options.model, dtype=options.dtype, device=device, plan=options.plan)
@@ -161,9 +175,11 @@ def complete(session: Session, texts: list[str]) -> None:
     prompts = [tokenizer.encode(text, bos=tokenizer.adds_bos) for text in texts]
     prompts = [ids or [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None][:1] for ids in prompts]
     if len(texts) == 1:
-        sys.stdout.write("" if options.no_echo else texts[0])
-        figures = session.run(prompts, lambda _, text: print(text, end="", flush=True))
-        print()
+        echo = [] if options.no_echo else [texts[0]]  # with the first new text: an error would be glued to it
+        figures = session.run(
+            prompts, lambda _, text: print(*echo[:1], text, sep="", end="", flush=True) or echo.clear()
+        )
+        print(*echo)
     else:
         results: list[list[str]] = [[] for _ in texts]
         figures = session.run(prompts, lambda row, text: results[row].append(text))
@@ -188,13 +204,19 @@ def chat(session: Session, message: str | None) -> None:
             if not message.strip():
                 continue
         messages.append({"role": "user", "content": message})
+        prompt = encode_prompt(session.tokenizer, options.template, messages)
+        first = int(messages[0]["role"] == "system")
+        while len(prompt) >= session.model.config.max_position_embeddings and len(messages) > first + 1:
+            del messages[first : first + 2]
+            prompt = encode_prompt(session.tokenizer, options.template, messages)
+            print("note: the context is full; the oldest question and answer are forgotten", file=sys.stderr)
         answer: list[str] = []
 
         def emit(_: int, text: str, answer=answer) -> None:
             answer.append(text)
             print(text, end="", flush=True)
 
-        figures = session.run([encode_prompt(session.tokenizer, options.template, messages)], emit)
+        figures = session.run([prompt], emit)
         print()
         print_figures(figures)
         if not talking:
@@ -210,24 +232,24 @@ def main() -> None:
         raise ValueError("--chat takes --prompt or standard input, not --prompts")
     texts = [options.prompt] if options.prompt is not None else None
     if options.prompts is not None:
-        texts = [line for line in Path(options.prompts).read_text(encoding="utf-8").splitlines() if line]
+        texts = [line for line in _read_text(Path(options.prompts)).split("\n") if line]
         if not texts:
             raise ValueError(f"{options.prompts}: no prompt in it")
     elif texts is None and not options.chat:
         if sys.stdin.isatty():
             print("Reading the prompt from standard input; Ctrl-D ends it.", file=sys.stderr)
         texts = [sys.stdin.read().removesuffix("\n")]
-    session = load(options)
     try:
+        session = load(options)
         if options.chat:
             chat(session, texts[0] if texts else None)
         else:
             complete(session, texts)
-    except torch.OutOfMemoryError as error:
-        raise ValueError(
-            f"out of memory on {options.device}: {str(error).splitlines()[0]} Try --dtype bfloat16, a smaller "
-            "--max-new-tokens, or --device cpu"
-        ) from None
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate" not in str(error):
+            raise
+        hint = "try --dtype bfloat16, a smaller --max-new-tokens, or --device cpu"
+        raise ValueError(f"out of memory: {str(error).splitlines()[0][:200]} ({hint})") from None
 
 
 if __name__ == "__main__":

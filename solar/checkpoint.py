@@ -177,7 +177,7 @@ class CheckpointReader:
                 read = read_safetensors_header if file_name.endswith(".safetensors") else read_torch_archive
                 found = read(path)
             except ValueError as error:
-                self._problems.append(str(error))
+                self._problems.append(str(error).replace(str(path), file_name))
                 self._unread += 1
                 continue
             if expected is not None and found.keys() != expected:
@@ -359,9 +359,14 @@ def write_config(directory: Path, config: ModelConfig) -> None:
     (directory / "config.json").write_text(json.dumps(config.to_hf(), indent=2) + "\n", encoding="utf-8")
 
 
+def companions_of(source: Path) -> list[Path]:
+    """The tokenizer and generation files of a model directory."""
+    return sorted({file for pattern in COMPANIONS for file in source.glob(pattern) if file.is_file()})
+
+
 def copy_companions(source: Path, target: Path) -> list[str]:
     """Copy tokenizer and generation files byte for byte; returns their names."""
-    files = sorted({file for pattern in COMPANIONS for file in source.glob(pattern) if file.is_file()})
+    files = companions_of(source)
     for file in files:
         shutil.copyfile(file, target / file.name)
     return [file.name for file in files]

@@ -8,6 +8,7 @@ import fcntl
 import glob
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -68,6 +69,8 @@ def parse(options: type[T], argv: list[str] | None = None, *, prog: str, descrip
 def run(main: Callable[[], None]) -> typing.NoReturn:
     """Call `main` and exit: 0; 2 with one line for bad input or a failed write; 130 for Ctrl-C."""
     warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # a batch system's stop, a closed terminal: clean up as for Ctrl-C
+        signal.signal(number, _exit_on_signal)
     try:
         main()
         sys.stdout.flush()
@@ -81,6 +84,10 @@ def run(main: Callable[[], None]) -> typing.NoReturn:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
+
+
+def _exit_on_signal(number: int, _) -> None:
+    sys.exit(128 + number)
 
 
 def describe(error: Exception) -> str:
@@ -149,8 +156,12 @@ def check_output(out: Path, force: bool) -> None:
     if out.exists() and any(out.iterdir()):
         if not force:
             raise FileExistsError(f"{out} exists already: give another output directory, or --force to replace it")
-        if not (out / "config.json").is_file():
-            raise FileExistsError(f"{out} exists and has no config.json: --force replaces only a model directory")
+        inside = list(out.iterdir())
+        weights = any(path.suffix in (".safetensors", ".bin", ".pth") for path in inside)
+        if not weights or not (out / "config.json").is_file() or any(path.is_dir() for path in inside):
+            raise FileExistsError(
+                f"{out} exists and is not just a model (config.json and weights, no folders): --force does not replace it"
+            )
 
 
 @contextlib.contextmanager

@@ -225,10 +225,12 @@ class Transformer(nn.Module):
 
         labels (B, T), aligned with the inputs: returns instead the log-probability of each label given the tokens
         before it, (B, T) in fp32: 0 where the label is -100, and where no token of the same document stands before it.
-        document_ids (B, T): tokens see only their own document, and positions restart where the id changes.
+        document_ids (B, T): tokens see only their own document, whose tokens stand together; positions restart with it.
         cache: the tokens follow those that it holds, and are added to it.
         """
         B, T = input_ids.shape
+        if labels is not None and (cache is not None or last_only):
+            raise ValueError("labels are scored in one pass over whole sequences, without cache and last_only")
         if cache is None:
             positions = torch.arange(T, device=input_ids.device)[None]
             if document_ids is not None:

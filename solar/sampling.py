@@ -14,7 +14,7 @@ from torch import Tensor
 
 from solar.model import KVCache, Transformer
 
-PREFILL_CHUNK = 1024  # prompt tokens in one forward pass: bounds the memory that a long prompt takes
+PREFILL_CHUNK = 1024  # prompt tokens in one forward pass, of all rows together: bounds the memory that it takes
 PADDING, PROMPT = -1, 0  # document ids
 
 
@@ -66,7 +66,7 @@ def _check(
         if len(prompt) + max_new_tokens > context:
             raise ValueError(
                 f"prompt {row} has {len(prompt)} tokens; with {max_new_tokens} new ones it exceeds the model's context "
-                f"of {context} (max_position_embeddings): shorten it, or ask for {max(context - len(prompt), 0)}"
+                f"of {context} (max_position_embeddings): shorten it"
             )
     ranges = {
         "max_new_tokens": (max_new_tokens, max_new_tokens >= 1, "at least 1"),
@@ -124,9 +124,12 @@ def generate(
         generator.seed() if seed is None else generator.manual_seed(seed + row)
 
     cache = KVCache(model.config, B, longest + max_new_tokens, weight.dtype, device)
-    for at in range(0, longest, PREFILL_CHUNK):
-        ids = document_ids[:, at : at + PREFILL_CHUNK] if uneven else None
-        logits = model(input_ids[:, at : at + PREFILL_CHUNK], document_ids=ids, cache=cache, last_only=True)
+    chunk = max(PREFILL_CHUNK // B, 1)
+    for at in range(0, longest, chunk):
+        ids = document_ids[:, at : at + chunk] if uneven else None
+        logits = model(input_ids[:, at : at + chunk], document_ids=ids, cache=cache, last_only=True)
+    if not bool(logits.isfinite().all()):
+        raise ValueError(f"the logits are not finite in {weight.dtype}: try bfloat16 or float32, or check the weights")
 
     new: list[list[int]] = [[] for _ in prompts]
     running = set(range(B))

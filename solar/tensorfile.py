@@ -12,8 +12,9 @@ Files come from strangers. A header is bounded, must be consistent and must cove
 
 import json
 import math
-import os
+import mmap
 import struct
+import sys
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -65,13 +66,14 @@ class StoredTensor:
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Elements start..stop-1 of the flattened tensor, in memory of their own. OSError if the file is too short."""
         buffer = bytearray((stop - start) * self.dtype.itemsize)
-        view, at = memoryview(buffer), self.offset + start * self.dtype.itemsize
+        view = memoryview(buffer)
         with open(self.path, "rb", buffering=0) as file:
+            file.seek(self.offset + start * self.dtype.itemsize)
             while view:
-                count = os.preadv(file.fileno(), [view], at)
+                count = file.readinto(view)
                 if count == 0:
-                    raise OSError(f"{self.path}: ends at byte {at}, in the middle of a tensor")
-                view, at = view[count:], at + count
+                    raise OSError(f"{self.path}: ends at byte {file.tell()}, in the middle of a tensor")
+                view = view[count:]
         return torch.frombuffer(buffer, dtype=self.dtype) if buffer else torch.empty(0, dtype=self.dtype)
 
     def chunks(self) -> Iterator[torch.Tensor]:
@@ -90,7 +92,13 @@ class StoredTensor:
 
 def map_file(path: Path) -> torch.Tensor:
     """The bytes of a file, memory-mapped: read when touched; what is written to them never reaches the file."""
-    return torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+    # Writable and private means copied where written, so Linux would reserve memory for all of it, and refuse a file
+    # that is larger than the memory, unless told not to. (Python names the flag from 3.13 on.)
+    flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+    with open(path, "rb") as file:
+        return torch.frombuffer(
+            mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE), dtype=torch.uint8
+        )
 
 
 # ------------------------------------------------------------------------------------------------ reading
@@ -118,6 +126,10 @@ def read_safetensors_header(path: Path) -> dict[str, StoredTensor]:
     size = path.stat().st_size
     with open(path, "rb") as file:
         prefix = file.read(8)
+        if prefix == b"version ":
+            raise ValueError(
+                f"{path}: a git-lfs pointer, not the weights themselves: run `git lfs pull` where it is from"
+            )
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length > size - 8:
             raise ValueError(

@@ -24,6 +24,7 @@ from solar.checkpoint import (
     DEFAULT_MAX_SHARD_BYTES,
     CheckpointReader,
     Weight,
+    companions_of,
     copy_companions,
     parse_dtype,
     write_config,
@@ -166,12 +167,16 @@ def check_room(upscaling: Upscaling, out: Path, force: bool) -> None:
     for place in (base, *(base / name for name in upscaling.reader.files)):  # a file may be a link to another directory
         if out.resolve() in (place.resolve(), *place.resolve().parents):
             raise ValueError(f"{out}: the output would replace {place}, which it is made from; give another directory")
+    if base.resolve() in out.resolve().parents:
+        raise ValueError(f"{out}: the output would stand inside the base {base}; give another directory")
     cli.check_output(out, force)
+    for companion in companions_of(base):
+        companion.open("rb").close()  # one that cannot be read is found now, not behind 20 GB of weights
     parent = next(folder for folder in out.absolute().parents if folder.exists())
     free = shutil.disk_usage(parent).free
     if upscaling.nbytes > free:
         needed, there = cli.human_bytes(upscaling.nbytes), cli.human_bytes(free)
-        raise OSError(errno.ENOSPC, "", f"{out} needs {needed}, {there} are free") from None
+        raise OSError(errno.ENOSPC, "", f"{out} needs {needed}, {there} are free")
 
 
 def carry_out(upscaling: Upscaling, out: Path, max_shard_bytes: int, verify: str, force: bool) -> None:
@@ -206,6 +211,8 @@ def _record(upscaling: Upscaling) -> dict:
         "new_layers": plans.new_layers(plan),
         "seams": [{"layer": position, "jump": jump} for position, jump in plans.seams(plan)],
         "num_parameters": upscaling.config.num_parameters(),
+        "dtype": upscaling.config.torch_dtype,
+        "model_type": upscaling.config.model_type,
         "source": {
             "path": str(reader.path),
             "layout": reader.layout,

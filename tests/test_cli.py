@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from contextlib import nullcontext as nothing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -95,6 +96,7 @@ def test_publish_is_all_or_nothing(tmp_path):
     out = tmp_path / "out"
     with cli.publish(out) as staging:
         (staging / "config.json").write_text("1")
+        (staging / "model.safetensors").write_text("")
         assert not out.exists()
     assert (out / "config.json").read_text() == "1"
     assert os.listdir(tmp_path) == ["out"]
@@ -120,8 +122,15 @@ def test_force_replaces_model_directories_only(tmp_path):
     home = tmp_path / "home"
     home.mkdir()
     (home / "thesis.txt").write_text("years")
-    with pytest.raises(FileExistsError, match=r"no config\.json"), cli.publish(home, force=True):
-        raise AssertionError("not reached")
+    for innocent in (
+        "thesis.txt",
+        "config.json",
+        "model.safetensors",
+        "src",
+    ):  # together they are a project, not a model
+        (home / innocent).mkdir() if innocent == "src" else (home / innocent).write_text("years")
+        with pytest.raises(FileExistsError, match="not just a model") if innocent != "model.safetensors" else nothing():
+            cli.check_output(home, force=True)
     (tmp_path / "file").write_text("")
     with pytest.raises(FileExistsError, match="not a directory"), cli.publish(tmp_path / "file", force=True):
         raise AssertionError("not reached")
@@ -132,6 +141,7 @@ def test_a_failed_swap_puts_the_old_one_back(tmp_path, monkeypatch):
     out = tmp_path / "out"
     out.mkdir()
     (out / "config.json").write_text("old")
+    (out / "model.safetensors").write_text("")
     rename = Path.rename
 
     def fail_into_place(self, target):
@@ -171,6 +181,25 @@ def test_what_a_killed_run_leaves_is_removed_by_the_next_but_a_living_one_is_not
     finally:
         living.kill()
         living.wait()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_run_that_is_stopped_cleans_up(tmp_path, number):
+    script = textwrap.dedent(f"""
+        import time
+        from pathlib import Path
+        from solar import cli
+        def main():
+            with cli.publish(Path({str(tmp_path / "out")!r})):
+                print("ready", flush=True)
+                time.sleep(60)
+        cli.run(main)
+    """)
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    assert process.wait() == 128 + number
+    assert os.listdir(tmp_path) == []
 
 
 def test_progress_in_a_log_is_plain_lines(capsys, monkeypatch):

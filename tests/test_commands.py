@@ -12,7 +12,7 @@ import pytest
 
 import generate
 from solar import base, plan, upscale
-from tests.bench import make_checkpoint, perplexity
+from tests.bench import compare, make_checkpoint, perplexity
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -182,6 +182,7 @@ def test_every_flag_and_plan_in_the_readme_exists():
         "generate.py": generate.Options,
         "solar.upscale": upscale.Options,
         "solar.base": base.Options,
+        "tests.bench.compare": compare.Options,
         "tests.bench.make_checkpoint": make_checkpoint.Options,
         "tests.bench.perplexity": perplexity.Options,
     }
@@ -211,7 +212,7 @@ def test_the_readme_names_what_exists():
     tree = re.search(r"```\n(generate\.py .*?)```", README, flags=re.DOTALL).group(1)
     listed = {line.split()[0] for line in tree.splitlines()}
     there = {f"solar/{path.name}" for path in (ROOT / "solar").glob("*.py")} - {"solar/__init__.py"}
-    assert there | {"generate.py", "kernels/", "tests/", "tests/bench/"} == listed
+    assert there | {"generate.py", "kernels/", "tests/", "tests/interpreter/", "tests/bench/"} == listed
     lines = len((ROOT / "solar/model.py").read_text().splitlines())
     assert f"one forward pass is one file of {lines} lines" in README.replace("\n", " ")
     for target in re.findall(r"`?make ([a-z-]+)\b", README):
@@ -221,7 +222,22 @@ def test_the_readme_names_what_exists():
 def test_the_library_example_of_the_readme_runs(checkout, tmp_path):
     tree, _ = checkout
     code = blocks("python")[0].replace("mistral-7b", str(tree / "out/base")).replace('device="cuda"', 'device="cpu"')
-    code = code.replace('"solar-10.7b"', repr(str(tmp_path / "saved"))).replace("dus:8", "dus:3").replace("5565", "565")
+    code = code.replace('"grown"', repr(str(tmp_path / "saved"))).replace("dus:8", "dus:3").replace("5565", "565")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "saved/model.safetensors").is_file()
+    assert (tmp_path / "saved/tokenizer.model").is_file()
+
+
+def test_our_own_environment_is_kept_complete_even_when_it_is_active(checkout):
+    """After `source .venv/bin/activate`, `make test` still installs what the tests need."""
+    tree, _ = checkout
+    plan = subprocess.run(
+        ["make", "-n", "test"],
+        cwd=tree,
+        env=os.environ | {"VIRTUAL_ENV": f"{tree}/.venv"},
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert "pip install" in plan
+    assert "requirements-dev.txt" in plan

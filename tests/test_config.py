@@ -38,6 +38,7 @@ CONFIGS["mistral of 40 layers"] = MISTRAL_7B.with_depth(40, "keep")
 def test_round_trip(name):
     written = json.loads(json.dumps(CONFIGS[name].to_hf()))
     assert ModelConfig.from_hf(written) == CONFIGS[name]
+    assert written == CONFIGS[name].to_hf()  # nothing in it that JSON would change
     assert written["hidden_act"] == "silu"
     assert ("sliding_window" in written) == (CONFIGS[name].model_type == "mistral")
 

@@ -273,7 +273,7 @@ def test_a_rolling_cache_never_grows_and_is_not_moved():
     torch.testing.assert_close(torch.cat(out, 1), model(input_ids), **NEAR)
 
 
-@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize("window", [None, 8, 9])
 def test_a_full_cache_says_so_and_stays_as_it_was(window):
     model, input_ids = build(sliding_window=window), ids(1, 9)
     cache = empty_cache(model, 1, 8)

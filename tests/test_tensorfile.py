@@ -6,6 +6,7 @@ import os
 import random
 import time
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -285,7 +286,7 @@ def test_a_damaged_header_never_leads_out_of_the_file(tmp_path):
     good, rng = path.read_bytes(), random.Random(0)
     digits = [i for i, byte in enumerate(good) if i >= 8 and chr(byte).isdigit()]
     read, refusals = 0, []
-    for _ in range(600):
+    for _ in range(300):
         damaged = bytearray(good)
         for _ in range(rng.choice([1, 1, 2, 3])):
             damaged[rng.choice(digits)] = ord(rng.choice("0123456789,-[]"))
@@ -299,8 +300,8 @@ def test_a_damaged_header_never_leads_out_of_the_file(tmp_path):
         assert max(tensor.offset + tensor.nbytes for tensor in stored) == len(good)
         assert sum(tensor.nbytes for tensor in stored) == 60
     assert all(refusal.startswith(f"{path}: ") for refusal in refusals)
-    assert len(refusals) > 400
-    assert read > 5
+    assert len(refusals) > 200
+    assert read > 2
 
 
 def test_json_from_outside_names_where_it_came_from():
@@ -523,6 +524,23 @@ def test_a_record_must_hold_what_the_pickle_says_of_it(change, tmp_path):
         read_torch_archive(path)
 
 
+BEYOND = [(50, (100,)), (100, (1,)), (0, (2**61,)), (-1, (1,)), (0, (-1,)), (10**12, (0,))]
+
+
+@pytest.mark.parametrize(("start", "shape"), BEYOND)
+def test_a_tensor_may_not_reach_beyond_its_storage(start, shape, tmp_path):
+    def rebuilt(start, shape):
+        storage = torch.arange(100.0)._typed_storage()
+        return {"a": Payload(torch._utils._rebuild_tensor_v2, storage, start, shape, (1,), False, OrderedDict())}
+
+    path = tmp_path / "x.bin"
+    torch.save(rebuilt(1, (99,)), path)
+    assert read_all(read_torch_archive(path))["a"].tolist() == list(range(1, 100))
+    torch.save(rebuilt(start, shape), path)
+    with pytest.raises(ValueError, match=f"^{path}: "):
+        read_torch_archive(path)
+
+
 def test_a_big_endian_archive_is_refused(tmp_path):
     """Before torch sees it: in fake mode it would swap bytes that are not there, and the process would die of it."""
     torch.save({"a": torch.arange(300.0)}, tmp_path / "x.bin")
@@ -541,7 +559,7 @@ def test_a_damaged_archive_is_refused_or_read_within_its_records(tmp_path):
     with zipfile.ZipFile(path) as archive:
         places = [info.header_offset for info in archive.infolist()] + [archive.start_dir]
     refusals = []
-    for _ in range(400):
+    for _ in range(200):
         damaged = bytearray(good)
         for _ in range(rng.choice([1, 1, 2])):
             damaged[rng.randrange(len(good))] = rng.randrange(256)
@@ -554,7 +572,7 @@ def test_a_damaged_archive_is_refused_or_read_within_its_records(tmp_path):
         for tensor in stored:  # within one record: no header of another stands between its first and its last byte
             assert not any(tensor.offset <= place < tensor.offset + tensor.nbytes for place in places)
     assert all(refusal.startswith(f"{path}: ") for refusal in refusals)
-    assert 100 < len(refusals) < 390
+    assert 50 < len(refusals) < 195
 
 
 def test_a_directory_or_nothing_is_an_os_error(tmp_path):
