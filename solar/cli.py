@@ -160,7 +160,7 @@ def check_output(out: Path, force: bool) -> None:
         weights = any(path.suffix in (".safetensors", ".bin", ".pth") for path in inside)
         if not weights or not (out / "config.json").is_file() or any(path.is_dir() for path in inside):
             raise FileExistsError(
-                f"{out} exists and is not just a model (config.json and weights, no folders): --force does not replace it"
+                f"{out} is not just a model (config.json and weights, no folders): --force does not replace it"
             )
 
 

@@ -127,7 +127,8 @@ def test_the_prompt_is_read_in_chunks_and_then_each_token_once(monkeypatch):
     model = build()
     shapes = count_passes(model)
     generate(model, prompts_of(16, 3), 4)
-    assert shapes == [(2, 7), (2, 7), (2, 2), (2, 1), (2, 1), (2, 1)]  # the last token is not fed back
+    # Seven tokens a pass, of both rows together; the last token is not fed back.
+    assert shapes == [(2, 3)] * 5 + [(2, 1)] + [(2, 1)] * 3
     shapes.clear()
     assert [len(new) for new in generate(model, prompts_of(5), 1)] == [1]
     assert shapes == [(1, 5)]
@@ -355,8 +356,8 @@ def test_repetition_penalty_in_a_generation(penalty):
         ({"prompts": [[1], []]}, "at least one token"),
         ({"prompts": [[1], [2, 61]]}, "prompt 1 holds the id 61; .* 0 to 60"),
         ({"prompts": [[-1]]}, "prompt 0 holds the id -1"),
-        ({"prompts": [[1], [1] * 60], "max_new_tokens": 5}, "prompt 1 has 60 tokens; with 5 new .* 64 .* ask for 4"),
-        ({"prompts": [[1] * 70], "max_new_tokens": 5}, "ask for 0"),
+        ({"prompts": [[1], [1] * 60], "max_new_tokens": 5}, "prompt 1 has 60 tokens; with 5 new .* 64 .* shorten it"),
+        ({"prompts": [[1] * 70], "max_new_tokens": 5}, "prompt 0 has 70 tokens"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, found 0"),
         ({"max_new_tokens": -3}, "max_new_tokens"),
         ({"temperature": -0.1}, "temperature"),
