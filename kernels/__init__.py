@@ -17,7 +17,8 @@ from collections.abc import Callable
 from torch import Tensor
 
 from kernels import launch
-from kernels.attention import attention_reference, attention_torch
+from kernels.attention import attention_reference, attention_torch, attention_triton
+from kernels.decode import decode_attention_triton, is_decode
 from kernels.logprobs import label_logprobs_reference, label_logprobs_torch, label_logprobs_triton
 from kernels.rmsnorm import (
     add_rmsnorm_reference,
@@ -32,12 +33,18 @@ from kernels.swiglu import swiglu_reference, swiglu_torch, swiglu_triton
 
 CHOICES = ("auto", "triton", "torch", "reference")
 
+
+def _attention_triton(q: Tensor, k: Tensor, v: Tensor, *mask) -> Tensor:
+    """Few queries go to the kernel that splits the keys, all others to the one that takes them in blocks."""
+    return (decode_attention_triton if is_decode(q, k) else attention_triton)(q, k, v, *mask)
+
+
 # Which forms each operation has. The first one of the order of preference that exists is taken.
 _FORMS: dict[str, dict[str, Callable]] = {
     "rmsnorm": {"triton": rmsnorm_triton, "torch": rmsnorm_torch, "reference": rmsnorm_reference},
     "add_rmsnorm": {"triton": add_rmsnorm_triton, "torch": add_rmsnorm_torch, "reference": add_rmsnorm_reference},
     "rotary": {"triton": rotary_triton, "reference": rotary_reference},
-    "attention": {"torch": attention_torch, "reference": attention_reference},
+    "attention": {"triton": _attention_triton, "torch": attention_torch, "reference": attention_reference},
     "swiglu": {"triton": swiglu_triton, "torch": swiglu_torch, "reference": swiglu_reference},
     "label_logprobs": {
         "triton": label_logprobs_triton,

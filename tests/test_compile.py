@@ -102,6 +102,8 @@ def _read_nvidia(compiled, architecture: str) -> tuple[int, int, int, str]:
     spilled = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", told)))
     kinds = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
     product = next((kind.split(".")[0] for kind in kinds if kind in ptx), "-")
+    if "C75" in told:  # ptxas: "wgmma serialised": each waits for the one before, at a large part of the speed
+        product += " serialised"
     return registers, spilled, compiled.metadata.shared, product
 
 
