@@ -43,7 +43,7 @@ def outputs_and_gradients(form, inputs, weights):
 
 
 def hold(ours, reference, inputs, yardstick=None, slack=1e-6):
-    """At most twice as far from the truth as the yardstick (the reference itself) in this dtype, outputs and gradients."""
+    """Outputs and gradients at most twice as far from the truth as the yardstick (the reference) in this dtype."""
     double = [x.double() if x.is_floating_point() else x for x in inputs]
     shapes = reference(*double)
     shapes = shapes if isinstance(shapes, tuple) else (shapes,)
