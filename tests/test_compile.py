@@ -39,6 +39,7 @@ class Figures:
     spilled: int  # bytes on NVIDIA, registers on AMD
     shared: int  # bytes
     instructions: str  # the class of its matrix products: wgmma, mma, mfma, tcgen05, or none
+    narrow: tuple[str, ...]  # elementwise operations on 16-bit values
 
     def row(self) -> str:
         return (
@@ -46,6 +47,9 @@ class Figures:
             f"{self.shared:>8} {self.instructions}"
         )
 
+
+# Arithmetic and functions whose operands are bf16 or fp16, in Triton's own IR; conversions and matrix products are not.
+NARROW = re.compile(r"(arith\.(add|sub|mul|div|rem|neg|maximum|minimum|maxnum|minnum)f|math\.\w+)\b.*(x|: )b?f16\b")
 
 HEAD = f"{'kernel':<28} {'arch':<7} {'configuration':<52} {'regs':>5} {'spilled':>7} {'shared B':>8} products"
 
@@ -83,7 +87,8 @@ def compile_case(module: str, index: int) -> Figures:
     told = ", ".join(f"{key}={value}" for key, value in {**case.config.constants, **options}.items())
     told = told.replace("num_warps", "warps").replace("num_stages", "stages")
     read = _read_amd if amd else _read_nvidia
-    return Figures(case.name, case.architecture, told, *read(compiled, case.architecture))
+    narrow = tuple(line.strip() for line in compiled.asm["ttir"].splitlines() if NARROW.search(line))
+    return Figures(case.name, case.architecture, told, *read(compiled, case.architecture), narrow)
 
 
 def _read_nvidia(compiled, architecture: str) -> tuple[int, int, int, str]:
@@ -129,6 +134,14 @@ def test_no_kernel_spills(figures):
 
 def test_shared_memory_fits(figures):
     assert not [figure.row() for figure in figures if figure.shared > SHARED_LIMIT[figure.architecture]]
+
+
+def test_elementwise_arithmetic_is_fp32(figures):
+    """A 16-bit value is widened as it is loaded, and rounded once as it is stored."""
+    assert NARROW.search("%5 = arith.mulf %4, %4 : tensor<64xbf16>")
+    assert NARROW.search("%5 = math.exp2 %4 : tensor<64x1xf16, #blocked>")
+    assert not NARROW.search("%5 = arith.truncf %4 : tensor<64xf32> to tensor<64xbf16>")
+    assert not [(figure.row(), figure.narrow[0]) for figure in figures if figure.narrow]
 
 
 def test_no_row_is_missing(figures):

@@ -532,3 +532,15 @@ def test_casting_a_model_leaves_the_rotation_in_fp32():
         assert cos.dtype == sin.dtype == torch.float32
         exact = torch.tensor([100_000 * 10_000 ** (-i / 4) for i in range(4)], dtype=torch.float64)
         torch.testing.assert_close(cos[0, 0].double(), exact.cos(), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_a_decoder_layer_compiles_whole(documents):
+    """No graph break: kernels dispatch on what is known when a graph is traced."""
+    model = build()
+    ids = torch.zeros(2, 6, dtype=torch.long) if documents else None
+    x, angles = torch.randn(2, 6, model.config.hidden_size), torch.rand(1, 6, model.config.head_dim // 2)
+    arguments = (x, angles.cos(), angles.sin(), (ids, ids))
+    layer = model.model.layers[0]
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*arguments), layer(*arguments))
