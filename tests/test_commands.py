@@ -123,7 +123,7 @@ def test_chat_answers_line_by_line(checkout):
         ("--prompt x --device nonsense", "--device nonsense"),
         ("--prompt x --dtype int8", "int8"),
         ("--prompt x --plan dus:99", "M = 99 does not fit a model of 18 layers"),
-        ("--prompt x --top-p 2", "top_p must be above 0"),
+        ("--prompt x --temperature 1 --top-p 2", "top_p must be above 0"),
         ("--prompt x --max-new-tokens 0", "max_new_tokens must be at least 1"),
         ("--prompts nowhere.txt", "nowhere.txt: No such file"),
         ("--prompt x --prompts y", "not both"),
