@@ -34,7 +34,8 @@ def checkout(tmp_path_factory):
 
 def shell(tree: Path, command: str, stdin: str = "") -> subprocess.CompletedProcess:
     """Run a line as a user whose environment is active would."""
-    env = os.environ | {"VIRTUAL_ENV": sys.prefix, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    env = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    env |= {"VIRTUAL_ENV": sys.prefix, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     return subprocess.run(["bash", "-c", command], cwd=tree, env=env, input=stdin, capture_output=True, text=True)
 
 
