@@ -1,6 +1,9 @@
 """Every form of every operation against its formula written out in fp64, with shapes that nobody would choose."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -567,3 +570,19 @@ def test_triton_on_the_cpu_falls_back_and_says_so(capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("kernels: ")
     assert "torch's own operators run instead" in line
+
+
+def test_without_triton_everything_imports_and_the_fallback_says_so():
+    script = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import importlib, pkgutil, torch, kernels\n"
+        "for module in pkgutil.iter_modules(kernels.__path__, 'kernels.'): importlib.import_module(module.name)\n"
+        "kernels.select('triton')\n"
+        "x, w = torch.randn(3, 8), torch.randn(8)\n"
+        "assert torch.equal(kernels.rmsnorm(x, w, 1e-5), kernels.rmsnorm_torch(x, w, 1e-5))\n"
+        "kernels.rmsnorm(x, w, 1e-5)\n"
+    )
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "kernels: triton is not installed; torch's own operators run instead of triton's\n"
