@@ -8,10 +8,11 @@ them.
 Everything about a directory is checked before the first weight is used, and every problem is reported at once.
 """
 
+import hashlib
 import json
 import shutil
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,16 @@ class CheckpointReader:
         if path not in self._mapped:
             self._mapped[path] = map_file(path)
         return weight.reorder(weight.stored.view(self._mapped[path]))
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that tell models apart: of the config and the first bytes of every tensor."""
+        digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
+        for name in sorted(self.weights):
+            stored = self.weights[name].stored
+            sample = stored.read(0, min(stored.numel, 64))
+            digest.update(f"{name} {stored.shape} {stored.dtype}".encode())
+            digest.update(sample.view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     # -------------------------------------------------------------------------------------------- finding
 

@@ -6,11 +6,14 @@ import dataclasses
 import errno
 import fcntl
 import glob
+import json
 import os
+import shlex
 import shutil
 import signal
 import sys
 import tempfile
+import textwrap
 import time
 import types
 import typing
@@ -21,11 +24,15 @@ from pathlib import Path
 # ------------------------------------------------------------------------------------------------ flags
 
 
-def flag(default=dataclasses.MISSING, *, help: str, metavar: str | None = None, **more):
-    """A dataclass field that becomes `--name`; `default` missing means that the flag is required."""
+def flag(default=dataclasses.MISSING, *, help: str, metavar: str | None = None, positional: bool = False, **more):
+    """A dataclass field that becomes `--name`; `default` missing means that the flag is required.
+
+    positional: a required list that is given without its name, as in `command FILES...`.
+    """
     if isinstance(default, list):
         more["default_factory"], default = default.copy, dataclasses.MISSING
-    return dataclasses.field(default=default, metadata={"help": help, "metavar": metavar}, **more)
+    metadata = {"help": help, "metavar": metavar, "positional": positional}
+    return dataclasses.field(default=default, metadata=metadata, **more)
 
 
 T = typing.TypeVar("T")
@@ -59,8 +66,28 @@ def parse(options: type[T], argv: list[str] | None = None, *, prog: str, descrip
             kwargs["type"] = kind
             if "choices" not in kwargs:
                 kwargs["metavar"] = field.metadata["metavar"] or kind.__name__.upper()
-        parser.add_argument("--" + field.name.replace("_", "-"), **kwargs)
+        if field.metadata["positional"]:
+            del kwargs["dest"], kwargs["required"]
+            parser.add_argument(field.name, **kwargs)
+        else:
+            parser.add_argument("--" + field.name.replace("_", "-"), **kwargs)
     return options(**vars(parser.parse_args(argv)))
+
+
+def command_line(options, label: str) -> str:
+    """The flags that give `options`, also those left as they were, without those that are unset; behind a label."""
+    words = []
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if value is None or value is False:
+            continue
+        if not field.metadata["positional"]:
+            words.append("--" + field.name.replace("_", "-"))
+        if value is not True:
+            words += [shlex.quote(str(item)) for item in (value if isinstance(value, list) else [value])]
+    return textwrap.fill(
+        " ".join(words), 118, initial_indent=label, subsequent_indent=" " * len(label), break_on_hyphens=False
+    )
 
 
 # ------------------------------------------------------------------------------------------------ errors
@@ -146,11 +173,47 @@ class Progress:
         print(f"\r{line:<79}" if self.live else line, end=end if self.live else "\n", file=sys.stderr, flush=True)
 
 
+class MetricsLog:
+    """Numbers of a run, one JSON object a line, each with its "step", written as they come.
+
+    A run that resumes gives its step: what an interrupted one had logged beyond it is dropped, so that the file of a
+    run with interruptions says what that of one without says.
+    """
+
+    def __init__(self, path: Path, after_step: int):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in read_metrics(path) if line["step"] <= after_step] if after_step else []
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}-", delete=False
+        ) as file:
+            file.writelines(json.dumps(entry) + "\n" for entry in kept)
+        os.chmod(file.name, 0o666 & ~_umask())
+        os.replace(file.name, path)
+        self.path = path
+
+    def write(self, entry: dict) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The entries of a metrics.jsonl; a last line that a killed run did not finish is left out."""
+    entries = []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number}: {error}") from None
+    return entries
+
+
 # ------------------------------------------------------------------------------------------------ publishing
 
 
 def check_output(out: Path, force: bool) -> None:
-    """Raise FileExistsError if `out` exists and may not be replaced. `force` replaces model directories only."""
+    """Raise FileExistsError if `out` exists and may not be replaced. `force` replaces models and token shards only."""
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise FileExistsError(f"{out} exists and is not a directory; give another output directory")
     if out.exists() and any(out.iterdir()):
@@ -158,9 +221,11 @@ def check_output(out: Path, force: bool) -> None:
             raise FileExistsError(f"{out} exists already: give another output directory, or --force to replace it")
         inside = list(out.iterdir())
         weights = any(path.suffix in (".safetensors", ".bin", ".pth") for path in inside)
-        if not weights or not (out / "config.json").is_file() or any(path.is_dir() for path in inside):
+        told = any((out / name).is_file() for name in ("config.json", "train.offsets"))
+        if not weights or not told or any(path.is_dir() for path in inside):
             raise FileExistsError(
-                f"{out} is not just a model (config.json and weights, no folders): --force does not replace it"
+                f"{out} is not just a model (config.json and weights, no folders) or token shards (train.offsets and "
+                "shards): --force does not replace it"
             )
 
 

@@ -297,6 +297,17 @@ class ModelConfig:
     def num_parameters(self) -> int:
         return sum(math.prod(shape) for shape in self.tensor_shapes().values())
 
+    def training_flops(self, sequence_length: int) -> int:
+        """Operations for one token of training, forward and backward, in sequences of that many tokens.
+
+        The convention of arXiv:2204.02311, appendix B: 6 for each parameter that takes part in a product (not those of
+        the embedding table, which is looked up), and 12 L H E T for the attention, not halved for causality.
+        """
+        head = self.vocab_size * self.hidden_size
+        parameters = self.num_parameters() - (0 if self.tie_word_embeddings else head)
+        attention = self.num_hidden_layers * self.num_attention_heads * self.head_dim * sequence_length
+        return 6 * parameters + 12 * attention
+
 
 def _refuse_what_cannot_run(raw: dict[str, Any], model_type: str) -> None:
     """Raise ValueError for everything in a config that would change the logits and is not implemented."""

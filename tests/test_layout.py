@@ -11,17 +11,17 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A module imports strictly lower layers. L0 also holds kernels/.
 LAYERS = {
-    0: ["config", "plan", "cli", "tokenizer", "tensorfile"],
+    0: ["config", "plan", "cli", "tokenizer", "tensorfile", "losses", "optim", "problems"],
     1: ["model"],
     2: ["checkpoint"],
-    3: ["upscale", "sampling"],
+    3: ["upscale", "sampling", "data", "dist", "snapshot"],
     4: ["base"],
 }
 REQUIRED = {"torch", "numpy", "sentencepiece", "safetensors", "triton"}
 OPTIONAL = {"solar/tokenizer.py": {"tokenizers"}}
 LAYER_OF = {f"solar.{name}": layer for layer, names in LAYERS.items() for name in names}
 SOURCES = [path for folder in ("solar", "kernels") for path in sorted((ROOT / folder).glob("**/*.py"))]
-SOURCES += [ROOT / "generate.py"]
+SOURCES += [ROOT / "generate.py", ROOT / "train.py"]
 name_of = lambda path: path.relative_to(ROOT).as_posix()
 
 

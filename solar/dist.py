@@ -1,0 +1,205 @@
+"""Many processes, one model: PyTorch's torchrun and FSDP2, and what each rank reads of a checkpoint.
+
+The only file that knows of process groups. Each parameter is split along its first dimension over the ranks; before a
+layer runs its parts are gathered, in the compute dtype, and freed again afterwards; gradients are summed in fp32 into
+each rank's part (arXiv:2304.11277, arXiv:1910.02054). One process takes the same path with a group of one.
+"""
+
+import functools
+import math
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from solar.checkpoint import CheckpointReader
+from solar.model import Transformer
+
+TIMEOUT = timedelta(minutes=60)  # of a collective: rank 0 may be hashing a checkpoint of a terabyte meanwhile
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others. `mesh` has the dimension "shard" and, with replicas, "replicate" before it."""
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh
+    control: dist.ProcessGroup  # gloo, for Python objects
+    background: dist.ProcessGroup  # gloo, for a thread that runs beside the training step
+
+    @property
+    def shards(self) -> int:
+        return self.mesh["shard"].size()
+
+    @property
+    def replicas(self) -> int:
+        return self.size // self.shards
+
+
+def setup(device: str = "auto", sharding: str = "full") -> World:
+    """Join the job that torchrun describes, or be a job of one process. Call `close` in the end.
+
+    sharding: "full" splits parameters over all ranks; "hybrid" over those of one machine, each machine holding a copy
+    (HSDP), so that only gradients travel between machines. Raises ValueError for a device that is not there.
+    """
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"--device {device}: training runs on auto, cpu or cuda; torchrun deals the GPUs to the ranks")
+    if kind == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"rank {rank} wants GPU {local_rank}, this machine has {torch.cuda.device_count()}: "
+                "lower --nproc-per-node, or --device cpu"
+            )
+        torch.cuda.set_device(local_rank)
+    if sharding == "hybrid" and size % local_size:
+        raise ValueError(f"--sharding hybrid wants as many ranks on each machine: {size} in all, {local_size} here")
+    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        # torchrun keeps its store when it restarts ranks, which would find their predecessors' addresses in it.
+        store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    else:
+        store = dist.HashStore()
+    dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=rank, world_size=size)
+    if sharding == "hybrid":
+        mesh = init_device_mesh(kind, (size // local_size, local_size), mesh_dim_names=("replicate", "shard"))
+    else:
+        mesh = init_device_mesh(kind, (size,), mesh_dim_names=("shard",))
+    here = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
+    control, background = (dist.new_group(backend="gloo", timeout=TIMEOUT) for _ in range(2))
+    return World(rank, size, here, mesh, control, background)
+
+
+def close() -> None:
+    dist.destroy_process_group()
+
+
+# ------------------------------------------------------------------------------------------------ the model
+
+
+def shard(
+    model: Transformer,
+    world: World,
+    compute_dtype: torch.dtype,
+    recompute: str = "none",
+    compile_layers: bool = False,
+    cpu_offload: bool = False,
+) -> None:
+    """Prepare a model on the meta device for training: recomputation, compilation, FSDP, memory; in this order.
+
+    Each layer is one unit that is gathered as a whole; embedding, last norm and vocabulary projection are another. The
+    weights are uninitialised afterwards: see `load_weights`.
+
+    recompute: "none" keeps all activations for the backward pass, "full" only each layer's input (arXiv:1604.06174),
+    "selective" also what its matrix products and attention gave, and computes the cheap rest again.
+    """
+    for layer in model.model.layers:
+        if recompute != "none":
+            contexts = {} if recompute == "full" else {"context_fn": _keep_products}
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, **contexts)
+        if compile_layers:
+            layer.forward = torch.compile(layer.forward, dynamic=False)
+    stored = next(model.parameters()).dtype
+    # Inputs are not cast: the rotary tables come in fp32 and stay so, and the embedding's output has the right dtype.
+    precision = MixedPrecisionPolicy(
+        param_dtype=compute_dtype if compute_dtype != stored else None,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
+    )
+    offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
+    # Gathering a second time for the backward pass buys memory that only accelerators lack, for traffic they can hide.
+    reshard = world.device.type != "cpu"
+    for unit in [*model.model.layers, model]:
+        fully_shard(
+            unit, mesh=world.mesh, mp_policy=precision, offload_policy=offload,
+            reshard_after_forward=reshard and unit is not model,
+        )  # fmt: skip
+    for unit in model.modules():
+        if isinstance(unit, FSDPModule):
+            unit.set_gradient_divide_factor(1.0)  # gradients are summed; the step divides by the tokens it learned
+            unit.set_force_sum_reduction_for_comms(True)  # else gloo is asked for an operation that it does not have
+    model.to_empty(device="cpu" if cpu_offload else world.device)
+
+
+def free_gathered(model: Transformer) -> None:
+    """Give back what a forward pass without a backward one has left gathered; parameters are shards again."""
+    for unit in model.modules():
+        if isinstance(unit, FSDPModule):
+            unit.reshard()
+
+
+# What selective recomputation keeps: each costs a matrix product or more to make again.
+KEPT = {
+    "aten::mm",
+    "aten::addmm",
+    "aten::bmm",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "solar::attention",
+}
+
+
+def _keep_products():
+    def policy(_context, operator, *_args, **_kwargs):
+        return CheckpointPolicy.MUST_SAVE if operator.name() in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
+@torch.no_grad()
+def load_weights(model: Transformer, reader: CheckpointReader, world: World) -> None:
+    """Fill a sharded model from a checkpoint, in place: each rank reads its own rows of each tensor and no others.
+
+    (A tensor of a Mistral release whose rows must be reordered is read whole: still one tensor at a time.)
+    """
+    for name, parameter in model.named_parameters():
+        weight = reader.weights[name]
+        part = parameter.to_local()
+        start, stop = rows_of(parameter.shape[0], world)
+        assert stop - start == part.shape[0], f"{name}: rows {start}-{stop}, the shard has {part.shape[0]}"
+        width = math.prod(parameter.shape[1:])
+        if weight.rotary_heads is None:
+            values = weight.stored.read(start * width, stop * width)
+        else:
+            values = weight.reorder(weight.stored.read(0, weight.stored.numel).view(parameter.shape))[start:stop]
+        part.copy_(values.view(part.shape))
+
+
+def rows_of(rows: int, world: World) -> tuple[int, int]:
+    """The rows start..stop-1 of a tensor that this rank holds: FSDP cuts as torch.chunk does, the last may be short."""
+    share, index = -(-rows // world.shards), world.mesh.get_local_rank("shard")
+    return min(index * share, rows), min((index + 1) * share, rows)
+
+
+# ------------------------------------------------------------------------------------------------ agreement
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum of all ranks' tensors, in place, the same bits on each."""
+    dist.all_reduce(tensor)
+    return tensor
+
+
+def from_all_ranks(value: Any, world: World) -> list:
+    """Every rank's value, by rank."""
+    values = [None] * world.size
+    dist.all_gather_object(values, value, group=world.control)
+    return values
+
+
+def wait_for_all(world: World) -> None:
+    dist.barrier(group=world.control)

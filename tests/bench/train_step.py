@@ -1,0 +1,147 @@
+"""A training step beside transformers', in pairs: `python -m tests.bench.train_step --peer PEER/bin/python`.
+
+Both train the same random Llama on the same random tokens with fused AdamW and clipping. Two processes stay alive and
+take turns, a few steps each, so that a busy machine slows both; the figure is the median over the turns of tokens/s,
+and the ratio that of the turns. Peak memory is the resident set of each process (`VmHWM`).
+
+Without --peer it only measures ours. --ranks 2 puts two ranks with one thread each beside one with two.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+SHAPES = {  # hidden, layers, heads, kv heads, intermediate, vocabulary
+    "7.7M": (288, 6, 6, 2, 768, 4096),
+    "125M": (768, 12, 12, 4, 2048, 32000),
+}
+BATCH, LENGTH = 8, 256
+
+
+def memory() -> int:
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+
+def serve(step) -> None:
+    """Take `N` on stdin, run that many steps, answer with seconds and peak memory; until stdin ends."""
+    for line in sys.stdin:
+        start = time.perf_counter()
+        for _ in range(int(line)):
+            step()
+        print(json.dumps([time.perf_counter() - start, memory()]), flush=True)
+
+
+def ours(shape: str, dtype: str, compiled: bool) -> None:
+    import torch
+
+    import train
+    from solar import dist, optim
+    from solar.config import ModelConfig
+    from solar.model import Transformer
+
+    D, L, H, K, F, V = SHAPES[shape]
+    config = ModelConfig(
+        model_type="llama", vocab_size=V, hidden_size=D, intermediate_size=F, num_hidden_layers=L,
+        num_attention_heads=H, num_key_value_heads=K, head_dim=D // H, max_position_embeddings=LENGTH,
+    )  # fmt: skip
+    world = dist.setup("cpu")
+    with torch.device("meta"):
+        model = Transformer(config)
+    dist.shard(model, world, torch.float32 if dtype == "fp32" else torch.bfloat16, compile_layers=compiled)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            part = parameter.to_local()
+            part.fill_(1.0) if name.endswith("norm.weight") else part.normal_(std=0.02)
+    optimizer = optim.build_optimizer(model, 0.1, (0.9, 0.95))
+    rows = BATCH // world.size
+    ids = torch.randint(0, V, (rows, LENGTH))
+    micro_batches = [{"input_ids": ids, "labels": ids}]
+    serve(lambda: train.training_step(model, optimizer, train.lm_objective, micro_batches, 3e-4, 1.0, False, world))
+
+
+def theirs(shape: str, dtype: str, compiled: bool) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    D, L, H, K, F, V = SHAPES[shape]
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=D, num_hidden_layers=L, num_attention_heads=H, num_key_value_heads=K, intermediate_size=F,
+            vocab_size=V, max_position_embeddings=LENGTH, use_cache=False, tie_word_embeddings=False,
+        )
+    )  # fmt: skip
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    ids = torch.randint(0, V, (BATCH, LENGTH))
+    forward = torch.compile(model) if compiled else model
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
+            loss = forward(input_ids=ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()
+
+    serve(step)
+
+
+class Worker:
+    def __init__(self, python: list[str], what: str, shape: str, dtype: str, compiled: bool):
+        command = [*python, "-m", "tests.bench.train_step", "--serve", what, "--shape", shape, "--dtype", dtype]
+        self.process = subprocess.Popen(
+            command + ["--compile"] * compiled, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def run(self, steps: int) -> tuple[float, int]:
+        self.process.stdin.write(f"{steps}\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.train_step", description=__doc__.splitlines()[0])
+    parser.add_argument("--peer", help="an interpreter that has transformers", metavar="PYTHON")
+    parser.add_argument("--shape", nargs="+", default=["7.7M"], choices=SHAPES)
+    parser.add_argument("--dtype", nargs="+", default=["fp32"], choices=["fp32", "bf16"])
+    parser.add_argument("--compile", action="store_true", help="the peer's compiled form instead of its eager one")
+    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=4, help="in a turn")
+    parser.add_argument("--serve", choices=["ours", "theirs"], help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        {"ours": ours, "theirs": theirs}[options.serve](options.shape[0], options.dtype[0], options.compile)
+        return
+    tokens = options.steps * BATCH * LENGTH
+    for shape in options.shape:
+        for dtype in options.dtype:
+            workers = {"ours": Worker([sys.executable], "ours", shape, dtype, False)}
+            if options.peer:
+                workers["theirs"] = Worker([options.peer], "theirs", shape, dtype, options.compile)
+            for worker in workers.values():
+                worker.run(2)  # allocate, compile
+            one_turn = lambda workers=workers: {name: worker.run(options.steps) for name, worker in workers.items()}
+            turns = [one_turn() for _ in range(options.turns)]
+            for worker in workers.values():
+                worker.close()
+            line = f"{shape} {dtype}, batch {BATCH} x {LENGTH}:"
+            for name in workers:
+                rate = statistics.median(tokens / turn[name][0] for turn in turns)
+                line += f"  {name} {rate:,.0f} tokens/s, {max(turn[name][1] for turn in turns) / 1e6:,.0f} MB"
+            if options.peer:
+                ratio = statistics.median(turn["theirs"][0] / turn["ours"][0] for turn in turns)
+                line += f"  ratio {ratio:.2f}" + " (theirs compiled)" * options.compile
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()

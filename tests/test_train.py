@@ -1,0 +1,473 @@
+"""train.py: resumed equals uninterrupted, ranks agree, faults are survived, bad input is one line."""
+
+import contextlib
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from solar import base, problems
+from solar.checkpoint import CheckpointReader, load_model, save_model
+from solar.config import ModelConfig
+from solar.model import Transformer
+from solar.upscale import upscale
+
+ROOT = Path(__file__).resolve().parent.parent
+# Widths that two and three ranks cannot share evenly: 30 rows of hidden size, 45 of the MLP.
+CONFIG = ModelConfig(
+    model_type="mistral", vocab_size=384, hidden_size=30, intermediate_size=45, num_hidden_layers=3,
+    num_attention_heads=3, num_key_value_heads=1, head_dim=10, max_position_embeddings=64, sliding_window=24,
+    torch_dtype="float32",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory):
+    """A tiny model with a tokenizer, and a text to train it on."""
+    here = tmp_path_factory.mktemp("train")
+    texts = list(problems.documents(0, 300, "train"))
+    model = Transformer(CONFIG)
+    model.init_weights(seed=0)
+    save_model(model, here / "model", companions={"tokenizer.model": base.train_tokenizer(texts, CONFIG.vocab_size)})
+    (here / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return here
+
+
+@pytest.fixture
+def options(workplace, tmp_path):
+    """Makes train.py's options for a run of this test."""
+
+    def make(out: str = "run", **changed) -> train.Options:
+        settings = {
+            "model": str(workplace / "model"),
+            "data": [str(workplace / "text.jsonl")],
+            "data_cache": str(workplace / "cache"),
+            "out": str(tmp_path / out),
+            "device": "cpu",
+            "workers": 1,
+            "max_steps": 12,
+            "sequence_length": 32,
+            "batch_size": 4,
+            "save_every": 4,
+            "eval_every": 0,
+            "holdout": 0.1,
+            "lr": 1e-2,
+        }
+        return train.Options(**(settings | changed))
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """train.py takes SIGTERM and Ctrl-C for itself."""
+    before = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT)]
+    yield
+    for number, handler in before:
+        signal.signal(number, handler)
+
+
+def flags(options: train.Options) -> list[str]:
+    words = []
+    for name, value in vars(options).items():
+        if value is True:
+            words.append(f"--{name.replace('_', '-')}")
+        elif value not in (None, False):
+            words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
+def launch(options: train.Options, ranks: int = 1, fault: str = "none:0:0", torchrun: tuple = ()):
+    """The run as processes of its own, started by torchrun."""
+    runner = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    runner += torchrun or ["--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    return subprocess.run(
+        [*runner, "-m", "tests.faulty_train", fault, *flags(options)],
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+def losses(options: train.Options) -> list[float]:
+    lines = [json.loads(line) for line in (Path(options.out) / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, len(steps) + 1))
+    return [line["loss"] for line in steps]
+
+
+def weights(options: train.Options) -> dict[str, torch.Tensor]:
+    return load_model(Path(options.out) / "model").state_dict()
+
+
+def assert_same_weights(a: train.Options, b: train.Options) -> None:
+    a, b = weights(a), weights(b)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ------------------------------------------------------------------------------------------------ it learns
+
+
+def test_a_run_learns_and_ends_with_a_model(options, capsys):
+    done = options(max_steps=30, eval_every=15, lr=2e-2)
+    train.run(done)
+    curve = losses(done)
+    assert curve[0] == pytest.approx(math.log(CONFIG.vocab_size), rel=0.02)
+    assert sum(curve[-5:]) / 5 < curve[0] - 1.5
+    assert CheckpointReader(Path(done.out) / "model").config == CONFIG
+    assert (Path(done.out) / "model/tokenizer.model").is_file()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == str(Path(done.out) / "model")
+    assert sum(line.startswith("step ") for line in lines) == 30
+    held_out = [float(found) for line in lines for found in re.findall(r"^held out .*?loss (\S+),", line)]
+    assert len(held_out) == 3  # before, in the middle, after
+    assert held_out[2] < held_out[0] - 1
+
+
+def test_the_first_update_is_the_one_that_autograd_and_adamw_give(options, workplace):
+    """The oracle: one step in plain PyTorch, no FSDP, no micro-batches, mean cross-entropy."""
+    one = options(max_steps=1, micro_batch_size=1, warmup_steps=0, schedule="constant", clip=1e9)
+    train.run(one)
+    model = load_model(workplace / "model").float()
+    optimizer = torch.optim.AdamW(train.optim.parameter_groups(model, 0.1), lr=one.lr, betas=(0.9, 0.95))
+    batches = train.token_batches(one, train.Tokenizer(workplace / "model"), CONFIG)
+    ids = batches.batch(0)["input_ids"]
+    loss = torch.nn.functional.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    loss.backward()
+    optimizer.step()
+    assert losses(one) == [pytest.approx(loss.item(), rel=1e-6)]
+    ours = weights(one)
+    for name, parameter in model.named_parameters():
+        # Every element moves by lr = 0.01, in the direction of its gradient, where that is not as small as epsilon.
+        torch.testing.assert_close(ours[name], parameter.detach(), rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"micro_batch_size": 1}, {"recompute": "full"}, {"recompute": "selective"}], ids=str
+)
+def test_what_only_saves_memory_does_not_change_the_curve(options, changed):
+    plain, saving = options("plain", max_steps=4), options("saving", max_steps=4, **changed)
+    train.run(plain)
+    train.run(saving)
+    assert losses(saving) == pytest.approx(losses(plain), rel=1e-5)
+
+
+def test_sixteen_bits_learn_too(options):
+    full = options("fp32", max_steps=30, lr=2e-2)
+    train.run(full)
+    for changed in ({"optimizer_dtype": "bf16"}, {"optimizer_dtype": "bf16", "param_dtype": "bf16", "dtype": "bf16"}):
+        half = options(str(len(changed)), max_steps=30, lr=2e-2, **changed)
+        train.run(half)
+        assert losses(half)[-1] == pytest.approx(losses(full)[-1], abs=0.3)
+
+
+def test_train_new_changes_the_new_layers_only(options, workplace, tmp_path):
+    upscale(workplace / "model", tmp_path / "grown", "expand:3:1", model_type="keep")
+    new = json.loads((tmp_path / "grown/upscale.json").read_text())["new_layers"]
+    assert new == [1, 3, 5]
+    done = options(model=str(tmp_path / "grown"), train="new", max_steps=3)
+    train.run(done)
+    before, after = load_model(tmp_path / "grown").state_dict(), weights(done)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    expected = {name for name in before if name.startswith(tuple(f"model.layers.{layer}." for layer in new))}
+    # What feeds a projection that was zero has no gradient in the first step, but has one in the second.
+    assert changed == expected
+
+
+# ------------------------------------------------------------------------------------------------ it resumes
+
+
+@pytest.mark.parametrize("changed", [{}, {"micro_batch_size": 2}, {"optimizer_dtype": "bf16"}], ids=str)
+def test_three_generations_of_a_run_are_one_run_bit_for_bit(options, changed):
+    whole, parts = options("whole", max_steps=15, **changed), options("parts", max_steps=15, **changed)
+    train.run(whole)
+    for stop in (4, 9):
+        with interrupted_after(stop), pytest.raises(SystemExit) as stopped:
+            train.run(parts)
+        assert stopped.value.code == 128 + signal.SIGTERM
+    train.run(parts)
+    assert losses(parts) == losses(whole)
+    assert_same_weights(parts, whole)
+
+
+@pytest.mark.slow
+def test_two_hundred_steps_over_several_epochs_resume_bit_for_bit(options):
+    whole, parts = (options(name, max_steps=200, save_every=30, keep=1) for name in ("whole", "parts"))
+    train.run(whole)
+    for stop in (50, 101, 150):
+        with interrupted_after(stop), pytest.raises(SystemExit):
+            train.run(parts)
+    train.run(parts)
+    assert losses(parts) == losses(whole)
+    assert_same_weights(parts, whole)
+
+
+@contextlib.contextmanager
+def interrupted_after(step: int):
+    """SIGTERM reaches the process while it takes that step."""
+    inner = train.Meter.entry
+
+    def entry(meter, number, *rest):
+        if number == step - 1:
+            signal.raise_signal(signal.SIGTERM)
+        return inner(meter, number, *rest)
+
+    train.Meter.entry = entry
+    try:
+        yield
+    finally:
+        train.Meter.entry = inner
+
+
+def test_what_an_interrupted_run_logged_beyond_its_checkpoint_is_taken_back(options, monkeypatch):
+    cut, whole = options("cut", max_steps=10), options("whole", max_steps=10)
+    train.run(whole)
+
+    def fail(*_):
+        raise OSError("the machine goes down")
+
+    with monkeypatch.context() as patch:
+        inner = train.Meter.entry
+        patch.setattr(
+            train.Meter, "entry", lambda meter, step, *rest: fail() if step == 7 else inner(meter, step, *rest)
+        )
+        with pytest.raises(OSError, match="goes down"):
+            train.run(cut)
+    assert len(losses(cut)) == 6
+    train.run(cut)  # from step 4
+    assert losses(cut) == losses(whole)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"seed": 1}, r"was trained with seed 0, now it is 1: .*--out"),
+        ({"sequence_length": 16}, r"with sequence_length 32, now it is 16"),
+        ({"no_resume": True}, r"--no-resume wants an --out without checkpoints"),
+    ],
+)
+def test_another_run_is_not_gone_on_with(options, changed, message):
+    train.run(options(max_steps=2))
+    with pytest.raises((ValueError, FileExistsError), match=message):
+        train.run(options(max_steps=2, **changed))
+
+
+def test_another_model_or_other_data_is_not_gone_on_with(options, workplace, tmp_path):
+    train.run(options(max_steps=2))
+    other = Transformer(CONFIG)
+    other.init_weights(seed=1)
+    save_model(other, tmp_path / "other", companions=workplace / "model")
+    with pytest.raises(ValueError, match="was trained with model"):
+        train.run(options(max_steps=2, model=str(tmp_path / "other")))
+    (tmp_path / "more.txt").write_text((workplace / "text.jsonl").read_text())
+    with pytest.raises(ValueError, match="was trained with data"):
+        train.run(options(max_steps=2, data=[str(tmp_path / "more.txt")]))
+
+
+def test_a_longer_run_goes_on_and_says_what_was_changed(options, capsys):
+    train.run(options(max_steps=2))
+    train.run(options(max_steps=4))
+    said = capsys.readouterr().out
+    assert "after step 2" in said
+    assert "note: --max-steps was 2, now it is 4" in said
+
+
+# ------------------------------------------------------------------------------------------------ ranks
+
+
+def test_two_ranks_learn_what_one_does_and_pass_their_checkpoints_on(options):
+    """1 -> 2 -> 1 ranks, beside one rank all the way; the shapes do not divide by two."""
+    alone, mixed = options("alone", max_steps=9, save_every=3), options("mixed", max_steps=9, save_every=3)
+    train.run(alone)
+    with interrupted_after(3), pytest.raises(SystemExit):
+        train.run(mixed)
+    done = launch(options("mixed", max_steps=6, save_every=3), ranks=2)
+    assert done.returncode == 0, done.stderr
+    train.run(mixed)
+    assert losses(mixed) == pytest.approx(losses(alone), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_two_ranks_resume_bit_for_bit(options):
+    whole, parts = options("whole", max_steps=10), options("parts", max_steps=10)
+    assert launch(whole, ranks=2).returncode == 0
+    assert launch(parts, ranks=2, fault="kill:1:7").returncode != 0
+    assert launch(parts, ranks=2).returncode == 0
+    assert losses(parts) == losses(whole)
+    assert_same_weights(parts, whole)
+
+
+def test_a_killed_rank_is_restarted_and_the_curve_is_the_same(options):
+    """torchrun --max-restarts: rank 1 is killed once, all start again from the last checkpoint."""
+    whole, killed = options("whole", max_steps=8, save_every=2), options("killed", max_steps=8, save_every=2)
+    elastic = (
+        "--max-restarts",
+        "3",
+        "--monitor-interval",
+        "0.2",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        "localhost:0",
+    )
+    done = launch(killed, ranks=2, fault="kill:1:6", torchrun=elastic)
+    assert done.returncode == 0, done.stderr
+    assert (Path(killed.out) / "survived").exists()
+    assert launch(whole, ranks=2).returncode == 0
+    assert losses(killed) == losses(whole)
+    assert_same_weights(killed, whole)
+
+
+@pytest.mark.slow
+def test_two_nodes_with_hybrid_sharding(options):
+    """Two torchruns on one machine, each a "node" of two ranks, copies across and shards within."""
+    alone, nodes = options("alone", max_steps=4), options("nodes", max_steps=4, sharding="hybrid")
+    train.run(alone)
+    meet = ("--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:29517", "--rdzv-id", "two")
+    first = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *meet, "train.py", *flags(nodes)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    second = launch(nodes, ranks=2, torchrun=meet)
+    out, err = first.communicate(timeout=300)
+    assert first.returncode == second.returncode == 0, err + second.stderr
+    assert "2 copies sharded 2-fold" in out + second.stdout
+    assert losses(nodes) == pytest.approx(losses(alone), rel=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------ faults
+
+
+def test_nan_on_one_rank_stops_all_and_is_not_saved(options):
+    run = options(max_steps=8, save_every=2)
+    done = launch(run, ranks=2, fault="nan:1:4")
+    assert done.returncode != 0
+    assert "step 4: the loss on rank 1 is infinite or NaN" in done.stderr
+    assert sorted(path.name for path in (Path(run.out) / "checkpoints").glob("step-*")) == ["step-00000002"]
+    assert not (Path(run.out) / "model").exists()
+
+
+def test_a_nonfinite_batch_can_be_skipped(options, monkeypatch, capsys):
+    sound, calls = train.STAGES["pretrain"], []
+
+    def nan_once(model, batch):
+        calls.append(1)
+        loss, count, further = train.lm_objective(model, batch)
+        return (loss * float("nan") if len(calls) == 3 else loss), count, further
+
+    monkeypatch.setitem(train.STAGES, "pretrain", (sound[0], nan_once))
+    run = options(max_steps=6, on_nonfinite="skip")
+    train.run(run)
+    assert "step 3: the loss on rank 0 is infinite or NaN; skipped" in capsys.readouterr().out
+    assert [step for step, loss in enumerate(losses(run), start=1) if not math.isfinite(loss)] == [3]
+    assert all(tensor.isfinite().all() for tensor in weights(run).values())
+
+
+def test_skipping_has_an_end(options, monkeypatch):
+    always = lambda model, batch: (train.lm_objective(model, batch)[0] * float("inf"), torch.tensor(1), {})
+    monkeypatch.setitem(train.STAGES, "pretrain", (train.STAGES["pretrain"][0], always))
+    with pytest.raises(ValueError, match=r"step 10: .* 10 times in a row"):
+        train.run(options(max_steps=50, on_nonfinite="skip"))
+
+
+def kills(options, count: int) -> int:
+    """Kill a run that saves at every step, `count` times at random; each time `latest` loads. Returns steps lost."""
+    whole, killed = options("whole", max_steps=40, save_every=1), options("killed", max_steps=40, save_every=1)
+    train.run(whole)
+    generator = torch.Generator().manual_seed(0)
+    checkpoints, done = Path(killed.out) / "checkpoints", 0
+    while done < count:
+        process = os.fork()
+        if process == 0:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            with contextlib.suppress(BaseException):
+                train.run(killed)
+                os._exit(0)
+            os._exit(1)
+        time.sleep(0.3 + 1.5 * torch.rand(1, generator=generator).item())
+        os.kill(process, signal.SIGKILL)
+        _, status = os.waitpid(process, 0)
+        if os.WIFEXITED(status):  # it was faster than the signal
+            assert os.WEXITSTATUS(status) == 0
+            if done + 1 < count:  # and there is more to kill: begin again
+                for path in sorted(Path(killed.out).rglob("*"), reverse=True):
+                    path.unlink() if path.is_file() else path.rmdir()
+        done += 1
+        if (checkpoints / "latest").exists():
+            named = checkpoints / (checkpoints / "latest").read_text().strip()
+            assert train.snapshot.verify(named)["step"] == int(named.name.removeprefix("step-"))
+    train.run(killed)
+    assert losses(killed) == losses(whole)
+    assert_same_weights(killed, whole)
+    return done
+
+
+def test_a_run_survives_kill_9(options):
+    assert kills(options, 4) == 4
+
+
+@pytest.mark.slow
+def test_a_run_survives_a_hundred_kill_9(options):
+    assert kills(options, 100) == 100
+
+
+@pytest.mark.parametrize("policy", ["continue", "stop"])
+def test_a_disk_that_is_full_for_one_save(options, monkeypatch, capsys, policy):
+    def full_at_step_four(phase):
+        if phase == "write" and (Path(run.out) / "checkpoints/step-00000002").exists() and not failed:
+            failed.append(1)
+            raise OSError(28, "No space left on device")
+
+    failed = []
+    run = options(max_steps=8, save_every=2, on_save_error=policy)
+    monkeypatch.setattr(train.snapshot, "_phase", full_at_step_four)
+    if policy == "stop":
+        with pytest.raises(OSError, match="no space left on the disk"):
+            train.run(run)
+    else:
+        train.run(run)
+        assert "no space left on the disk" in capsys.readouterr().err
+        assert len(losses(run)) == 8
+    assert failed
+    assert train.snapshot.verify(sorted((Path(run.out) / "checkpoints").glob("step-*"))[0])
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"sequence_length": 128}, r"--sequence-length 128: the model has room for 64 positions"),
+        ({"data": ["nowhere.txt"]}, r"nowhere.txt: no such file or directory"),
+        ({"model": "nowhere"}, r"nowhere: no such directory"),
+        ({"train": "nothing-like-this"}, r"--train nothing-like-this: no parameter is left to train"),
+        ({"train": "new"}, r"upscale.json would say which layers are new"),
+        ({"train": "("}, r"--train \(: "),
+        ({"micro_batch_size": 3}, r"4 must be a multiple of 3 x 1"),
+        ({"betas": [0.9]}, r"--betas 0.9: two numbers"),
+        ({"max_steps": 0}, r"--max-steps 0: at least 1"),
+        ({"cpu_offload": True}, r"--cpu-offload: without a GPU"),
+        ({"resume": "nowhere"}, r"nowhere.*no manifest.json"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_one_clear_line(options, changed, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as raised:
+        train.run(options(**changed))
+    assert "\n" not in str(raised.value)
+
+
+def test_the_command_ends_with_code_2_and_no_traceback(options):
+    done = subprocess.run(
+        [sys.executable, "train.py", *flags(options(data=["nowhere.txt"]))], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (2, "error: nowhere.txt: no such file or directory\n")
