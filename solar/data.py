@@ -37,7 +37,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import compress
+from itertools import chain, compress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,7 +53,7 @@ from solar.tokenizer import Tokenizer
 
 BUILT_IN = ("stdlib", "problems")
 PROBLEMS = 100_000  # documents of the corpus `problems`: about 10 million tokens in a vocabulary of 2,048
-PROBLEM_BYTES = 205  # of text in one, on average: for the progress line only
+PROBLEM_BYTES = 210  # of text in one: for the progress line only
 CUT_BYTES = 64 << 10  # a text file longer than this is cut into documents, at the next blank line
 LONGEST_BYTES = 256 << 10  # ... or, where none comes, at a line's end before this
 LONGEST_LINE_BYTES = 64 << 20  # of a jsonl file: what is longer is some other kind of file
@@ -126,8 +126,10 @@ def _source_files(source: Source) -> tuple[Path, list[Path]]:
     path = Path(source.path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or directory")
-    if not path.is_dir():
+    if path.is_file():
         return path.parent, [path]
+    if not path.is_dir():
+        raise ValueError(f"{path} is neither a file nor a directory: text is read twice, so write a pipe's to a file")
     inside = [found for found in path.rglob("*") if found.is_file()]
     return path, sorted(
         found for found in inside if not any(part.startswith(".") for part in found.relative_to(path).parts)
@@ -312,7 +314,7 @@ FORMAT = "solar token shards, version 1"
 SPLITS = ("train", "heldout")
 SHARD_TOKENS = 1 << 28  # in a file: 0.5 GB of uint16
 GROUP_BYTES = 512 << 10  # of text that a worker process gets at once
-BYTES_PER_WORKER = 4 << 20  # a process takes seconds to start: less than this is not worth one more
+BYTES_PER_WORKER = 16 << 20  # a process takes seconds to start: less than this is not worth one more
 
 
 def prepare(
@@ -349,14 +351,16 @@ def prepare(
     content = [FORMAT, fingerprint(tokenizer), corpus.description, holdout, skip_bad_lines]
     key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
     out = cache / f"{given.resolve().stem or 'data'}-{key}"
+    if out.exists():
+        return out
     cache.mkdir(parents=True, exist_ok=True)
     with _alone(cache / f".{out.name}.lock"):
-        if not out.exists():
-            try:
+        try:
+            if not out.exists():
                 tokenise(corpus, tokenizer, out, holdout, workers)
-            except FileExistsError:  # where the filesystem has no locks another process may have come first
-                if not _is_prepared(out):
-                    raise
+        except FileExistsError:  # where the filesystem has no locks another process may have come first
+            if not _is_prepared(out):
+                raise
     return out
 
 
@@ -458,7 +462,7 @@ def _encode(tokenizer: Tokenizer, dtype: str, group: Group) -> Encoded:
         documents = [
             tokenizer.encode(text.decode(), bos=True, eos=True) for text, held_out in group if held_out == split
         ]
-        ids = np.fromiter((i for document in documents for i in document), dtype)
+        ids = np.fromiter(chain.from_iterable(documents), dtype)
         splits.append((ids, np.array([len(document) for document in documents], np.int64)))
     return splits
 
@@ -654,8 +658,9 @@ class Tokens:
                 "make it with the model's own tokenizer"
             )
         self._shard_tokens = manifest.shard_tokens
-        self._shards = [np.memmap(path, manifest.dtype, "r") for path in manifest.shards(split)]
-        self._offsets = np.memmap(self.directory / f"{split}.offsets", "<i8", "r")
+        # Views as plain arrays: slicing a memmap costs ten times as much.
+        self._shards = [np.asarray(np.memmap(path, manifest.dtype, "r")) for path in manifest.shards(split)]
+        self._offsets = np.asarray(np.memmap(self.directory / f"{split}.offsets", "<i8", "r"))
 
     def __len__(self) -> int:
         return self._length
@@ -892,7 +897,8 @@ class TokenBatches:
                 windows = [(tokens, i * count // taken * stride) for i in range(taken)]
                 windows += [(tokens, len(tokens))] * (-taken % (batch_size * world_size))
                 firsts = range(rank * batch_size, len(windows), batch_size * world_size)
-                yield source.path, (self._batch(windows[first : first + batch_size]) for first in firsts)
+                shares = [windows[first : first + batch_size] for first in firsts]
+                yield source.path, map(self._batch, shares)
 
 
 def _ahead(function: Callable[[int], list], numbers: range) -> Iterator[list]:

@@ -367,7 +367,7 @@ def _agree(group: dist.ProcessGroup | None, doing: str, work: Callable[[], Any])
         kinds = (FileNotFoundError, OSError, ValueError)
         kind = next((kind for kind in kinds if isinstance(reason, kind)), RuntimeError)
         rank = "" if group is None else f" on rank {dist.get_rank(group)}"
-        outcome = kind(f"{doing}{rank}: {cli.describe(reason) or type(reason).__name__}")
+        outcome = kind((f"{doing}{rank}: " if doing else "") + (cli.describe(reason) or type(reason).__name__))
     outcomes = [outcome]
     if group is not None:
         outcomes *= dist.get_world_size(group)
@@ -443,7 +443,7 @@ def verify(step_dir: str | Path, group: dist.ProcessGroup | None = None) -> dict
                 raise ValueError(f"{step_dir / name}: SHA-256 {found}, the manifest says {expected}: damaged")
         return manifest["record"]
 
-    return _agree(group, f"checkpoint {step_dir.name}", compare)[0]
+    return _agree(group, "", compare)[0]
 
 
 def _sha256(path: Path) -> str:

@@ -50,6 +50,22 @@ def test_a_wrong_flag_exits_with_2(argv, capsys):
     assert "error" in capsys.readouterr().err
 
 
+def test_a_list_without_its_name(capsys):
+    @dataclass
+    class Files:
+        files: list[str] = cli.flag(positional=True, help="to read", metavar="FILES")
+        out: str = cli.flag(help="to write")
+
+    parse = lambda *argv: cli.parse(Files, list(argv), prog="x", description="d")
+    given = parse("a", "b c", "--out", "o")
+    assert given == parse("--out", "o", "a", "b c") == Files(["a", "b c"], "o")
+    assert cli.command_line(given, "x ") == "x a 'b c' --out o"
+    with pytest.raises(SystemExit) as exit_:
+        parse("--out", "o")
+    assert exit_.value.code == 2
+    assert "required: FILES" in capsys.readouterr().err
+
+
 def test_help_names_every_flag_and_default(capsys):
     with pytest.raises(SystemExit):
         parse("--help")
@@ -131,6 +147,13 @@ def test_force_replaces_model_directories_only(tmp_path):
         (home / innocent).mkdir() if innocent == "src" else (home / innocent).write_text("years")
         with pytest.raises(FileExistsError, match="not just a model") if innocent != "model.safetensors" else nothing():
             cli.check_output(home, force=True)
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    (shards / "train-00000.bin").write_text("")
+    with pytest.raises(FileExistsError, match="token shards"):
+        cli.check_output(shards, force=True)
+    (shards / "train.offsets").write_text("")
+    cli.check_output(shards, force=True)
     (tmp_path / "file").write_text("")
     with pytest.raises(FileExistsError, match="not a directory"), cli.publish(tmp_path / "file", force=True):
         raise AssertionError("not reached")

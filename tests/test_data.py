@@ -275,9 +275,12 @@ def test_bad_lines_are_skipped_and_counted(write, make):
     assert json.loads((made / "manifest.json").read_text())["skipped_lines"] == 2
 
 
-def test_a_missing_source(make):
+def test_a_source_that_is_no_file(make, tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere: no such file or directory"):
         make("nowhere")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="neither a file nor a directory"):
+        make(tmp_path / "pipe")
 
 
 def test_a_file_that_grows_while_it_is_read(write, bytes_tokenizer, tmp_path):
@@ -739,22 +742,22 @@ def test_what_fails_in_the_thread_is_raised_at_its_step(batches, monkeypatch):
 @pytest.mark.parametrize("document_mask", [False, True])
 def test_held_out_tokens_are_counted_once(batch_size, world, document_mask, write, make):
     folder = write({f"{i}.txt": f"text number {i}" for i in range(60)})
-    sources = [Source(str(folder), 2), Source("problems", 1, 10)]
-    it = TokenBatches(sources, [make(sources[0].path, 0.3), make("problems", 0.0, 10)], 258, 8, 4, 0, document_mask)
+    sources = [Source(str(folder), 2), Source(str(write({"a": "some text"}, "all"))), Source("problems", 1, 10)]
+    made = [make(source.path, share, source.limit) for source, share in zip(sources, (0.3, 0.0, 0.1), strict=True)]
+    it = TokenBatches(sources, made, 258, 8, 4, 0, document_mask)
     ranks = [dict(it.heldout(batch_size, rank, world)) for rank in range(world)]
-    assert all([*rank] == [str(folder)] for rank in ranks)  # the other one holds nothing out
-    shares = [[*rank[str(folder)]] for rank in ranks]
-    assert len({len(share) for share in shares}) == 1
-    batches = [batch for column in zip(*shares, strict=True) for batch in column]
-    assert {batch["labels"].shape for batch in batches} == {(batch_size, 8)}
-    labels = torch.cat([batch["labels"][:, 1:] for batch in batches]).flatten()
-    stream = it.held_out[0].read(0, len(it.held_out[0]))
-    learned = stream[1:][stream[1:] != BOS] if document_mask else stream[1:]
-    assert labels[labels != -100].tolist() == learned.tolist()
-    limited = [batch for _, found in it.heldout(2, 0, 1, limit=3) for batch in found]
-    assert sum(len(batch["labels"]) for batch in limited) == 4  # three and one of padding
-    assert not torch.all(limited[1]["labels"][0] == -100)
-    assert torch.all(limited[1]["labels"][1] == -100)
+    assert all([*rank] == [str(folder), "problems"] for rank in ranks)  # the other one holds nothing out
+    for source, held_out in ((str(folder), it.held_out[0]), ("problems", it.held_out[2])):
+        shares = [[*rank[source]] for rank in ranks]
+        assert len({len(share) for share in shares}) == 1
+        batches = [batch for column in zip(*shares, strict=True) for batch in column]
+        assert {batch["labels"].shape for batch in batches} == {(batch_size, 8)}
+        labels = torch.cat([batch["labels"][:, 1:] for batch in batches]).flatten()
+        stream = held_out.read(0, len(held_out))
+        learned = stream[1:][stream[1:] != BOS] if document_mask else stream[1:]
+        assert labels[labels != -100].tolist() == learned.tolist()
+    limited = [*dict(it.heldout(2, 0, 1, limit=3))["problems"]]
+    assert [bool((row != -100).any()) for batch in limited for row in batch["labels"]] == [True] * 3 + [False]
 
 
 def test_identity(batches, write, make):

@@ -68,7 +68,8 @@ def build(model: nn.Module | None = None, dtype=torch.float32, sharded: bool = F
     model = (Toy() if model is None else model).to(dtype)
     if sharded:
         size = dist.get_world_size()
-        mesh = init_device_mesh("cpu", (size,) if replicas == 1 else (replicas, size // replicas))
+        mesh = init_device_mesh("cpu", (replicas, size // replicas), mesh_dim_names=("replicate", "shard"))
+        mesh = mesh["shard"] if replicas == 1 else mesh
         for layer in model.model.layers if isinstance(model, Transformer) else [model.up]:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh, reshard_after_forward=False)
@@ -550,7 +551,6 @@ def test_killed_at_a_hundred_random_moments(root):
         assert step >= finished
         assert latest is None or holds(latest, step)
         assert all(holds(root / f"step-{step:08}", step) for step in steps(root))
-        assert len(steps(root)) <= 3
         assert {*hidden(root)} <= {".latest.partial"}
     assert finished > 10
 
@@ -602,16 +602,16 @@ def test_full_disk(root, phase, on_error, monkeypatch, capsys):
     assert holds(snapshots.latest(), 3)
 
 
-@pytest.mark.parametrize("limit", [100, 2_000, 8_000])
+@pytest.mark.parametrize("limit", [100, 8_000, 200_000])
 def test_a_write_that_fails_half_way(root, limit):
-    """In the tensors, of which torch reports something else; the message still says what the disk said."""
-    snapshots = alone(root)
+    """The last within a tensor, of which torch reports something else; the message still says what the disk said."""
+    snapshots, large = alone(root), build(nn.Linear(300, 300))
     save(snapshots, 1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
         with pytest.raises(OSError, match=r"checkpoint of step 2, write: .*File too large"):
-            save(snapshots, 2)
+            [snapshots.save(2, *large, {}), snapshots.wait()]
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert sorted(os.listdir(root)) == ["latest", "step-00000001"]
@@ -725,8 +725,7 @@ def test_latest_passes_over_what_is_damaged_and_says_so(root, capsys):
     assert snapshots.latest() == root / "step-00000001"
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert said.startswith("note: passed over checkpoint step-00000003: ")
-    assert "__0_0.distcp: SHA-256" in said
+    assert said.startswith(f"note: passed over {root / 'step-00000003' / '__0_0.distcp'}: SHA-256 ")
     assert "step-00000002: no manifest.json" in said
     assert said.endswith("going on from step-00000001\n")
     (root / "latest").write_bytes(b"\xff../../elsewhere")
