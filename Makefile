@@ -1,12 +1,12 @@
-# Grow a language model in depth. Two commands do all the set-up: `make upscale` and `make test`.
+# Grow a language model in depth and train it on. Two commands do all the set-up: `make upscale` and `make test`.
 #
 #   make upscale MODEL=mistral-7b OUT=solar-10.7b PLAN=dus:8
 
-# MODEL: directory of the base model; empty: a small one is made at out/base.   OUT: directory to write.
+# MODEL: directory of the base model (the small one that comes along).   OUT: directory that make upscale writes.
 # PLAN: dus:M, idus:M:G, stack, expand:GROUPS:TOP, slices:0-24,8-32, copy, or a JSON file.
-# NPROC: processes that work side by side; the tests', today.   ARGS: more flags for the command, such as ARGS=--dry-run.
+# NPROC: processes that work side by side: ranks of a training run, tests.   ARGS: more flags, such as ARGS=--dry-run.
 # PYTHON: an interpreter to use as it is; empty: that of the active environment or, without one, of .venv, which is made.
-MODEL  ?=
+MODEL  ?= solar/assets/base
 OUT    ?= out/solar
 PLAN   ?= dus
 NPROC  ?= 1
@@ -30,9 +30,19 @@ endif
 IN_THE_INTERPRETER = $(PY) -c 'import triton' 2>/dev/null || { echo "skipped: no triton here, so no tests of its kernels"; exit 0; }; \
   TRITON_INTERPRET=1 $(PY) -m pytest tests/interpreter
 SIDE_BY_SIDE := $(if $(filter-out 1,$(NPROC)),-n $(NPROC))
+TRAIN := $(PY) $(if $(filter-out 1,$(NPROC)),-m torch.distributed.run --nproc-per-node $(NPROC)) train.py
+
+# The recipes. Ours: the paper keeps its own to itself.
+# The base: at most an hour on two cores. Small batches, since a small model learns more from many steps; a learning
+# rate that stays high and then falls to zero, since the last third is where the arithmetic becomes right.
+BASE_RECIPE := --data stdlib:0.3 problems:0.7 --batch-size 4 --max-steps 8000 --lr 2e-3 --schedule wsd \
+  --warmup-steps 160 --decay 0.3 --min-lr 0 --holdout 0.02 --eval-every 1000 --eval-sequences 32 --save-every 250
+# Continued pretraining, of the grown model and, beside it, of the base, on the same tokens with the same schedule. Half
+# the base's highest learning rate: enough to mend the seam, not enough to forget what both halves know.
+PRETRAIN_RECIPE := --data stdlib:0.3 problems:0.7 --max-steps 200 --lr 1e-3 --eval-every 100 --holdout 0.02
 
 .DEFAULT_GOAL := help
-.PHONY: help setup upscale test test-full test-gpu bench-gpu clean check check-dev
+.PHONY: help setup upscale base pretrain test test-full test-gpu bench-gpu bench clean check check-dev
 
 help:  ## this list
 	@echo "usage: make TARGET [MODEL=DIR] [OUT=DIR] [PLAN=dus:8] [NPROC=N] [PYTHON=python3] [ARGS=...]"
@@ -42,15 +52,27 @@ setup: $(READY)  ## make .venv with what requirements.txt pins; in an environmen
 	@$(PY) -c 'import sys, torch; print(f"{sys.executable}: Python {sys.version.split()[0]}, torch {torch.__version__}")'
 
 upscale: $(READY)  ## the main job: grow MODEL by PLAN and write it to OUT
-ifeq ($(MODEL),)
-	@[ -e out/base/config.json ] || $(PY) -m solar.base --out out/base
-endif
-	@$(PY) -m solar.upscale --model "$(or $(MODEL),out/base)" --out "$(OUT)" --plan "$(PLAN)" $(ARGS)
+	@$(PY) -m solar.upscale --model "$(MODEL)" --out "$(OUT)" --plan "$(PLAN)" $(ARGS)
 	@echo
 ifeq ($(PYTHON)$(ACTIVE),)
 	@echo "activate the environment:  source .venv/bin/activate"
 endif
 	@echo 'then try the model:        $(if $(PYTHON),$(PYTHON),python) generate.py$(if $(filter-out out/solar,$(OUT)), --model "$(OUT)") --prompt "Once upon a time"'
+	@echo 'and train it:              torchrun train.py$(if $(filter-out out/solar,$(OUT)), --model "$(OUT)")'
+
+out/solar/config.json: | $(READY)
+	@$(PY) -m solar.upscale --model solar/assets/base --out out/solar --plan dus
+
+pretrain: $(READY) out/solar/config.json  ## train the grown model on, and the base beside it, on the same tokens
+	@$(TRAIN) --model out/solar --out out/pretrain $(PRETRAIN_RECIPE) $(ARGS)
+	@$(TRAIN) --model solar/assets/base --out out/pretrain-base $(PRETRAIN_RECIPE) $(ARGS)
+	@$(PY) -m solar.analyze curves out/pretrain out/pretrain-base
+
+base: $(READY)  ## train the small base that comes along anew, from nothing: about an hour on two cores
+	@$(PY) -m solar.base begin --out out/base-begun --force
+	@$(TRAIN) --model out/base-begun --out out/base $(BASE_RECIPE) $(ARGS)
+	@$(PY) -m solar.base embed --run out/base --out solar/assets/base --force
+	@$(PY) -m solar.base examine --model solar/assets/base
 
 test: $(TESTS)  ## every check that a CPU can run; before each commit, and in CI
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .

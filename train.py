@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from kernels import CHOICES, select
-from solar import cli, data, dist, optim, snapshot
+from solar import cli, corpus, data, dist, optim, shards, snapshot
 from solar.checkpoint import CheckpointReader, parse_dtype
 from solar.config import ModelConfig
 from solar.losses import learned
@@ -36,9 +36,9 @@ from solar.tokenizer import Tokenizer
 
 def token_batches(options: "Options", tokenizer: Tokenizer, config: ModelConfig) -> data.TokenBatches:
     """The pretraining stage's batches: documents joined into one stream per source, cut into sequences."""
-    sources = [data.parse_source(text) for text in options.data]
+    sources = [corpus.parse_source(text) for text in options.data]
     prepared = [
-        data.prepare(
+        shards.prepare(
             source, tokenizer, Path(options.data_cache), options.holdout, options.workers, options.skip_bad_lines
         )
         for source in sources
@@ -188,9 +188,9 @@ def train(options: Options, world: dist.World) -> None:
         out / "checkpoints", options.keep, world.rank, world.size, world.background, reader.config, model_dir,
         options.on_save_error,
     )  # fmt: skip
-    if found := find_checkpoint(options, snapshots):
-        record = resume(found, model, optimizer, record, world, say)
-    elif world.rank == 0:
+    if found := find_checkpoint(options, snapshots, world):
+        record = resume(found, model, optimizer, record, say)
+    if world.rank == 0:
         (out / "options.json").write_text(json.dumps(record["options"], indent=2) + "\n", encoding="utf-8")
     log = cli.MetricsLog(out / "metrics.jsonl", after_step=record["step"]) if world.rank == 0 else None
     meter = Meter(reader.config, options, record["step"], steps, world)
@@ -314,17 +314,20 @@ def choose_trainable(model: Transformer, choice: str, model_dir: Path) -> int:
     return count
 
 
-def find_checkpoint(options: Options, snapshots: snapshot.Snapshots) -> Path | None:
-    """The checkpoint to go on from, the same for all ranks: --resume, or the newest good one of this run."""
+def find_checkpoint(options: Options, snapshots: snapshot.Snapshots, world: dist.World) -> Path | None:
+    """The checkpoint to go on from, verified: --resume, or else the newest good one of this run. All ranks agree."""
+    if options.resume is not None:
+        snapshot.verify(options.resume, world.control)
+        return Path(options.resume)
     found = snapshots.latest()
     if found is not None and options.no_resume:
         raise FileExistsError(f"{found} is there: --no-resume wants an --out without checkpoints, so give another")
-    return Path(options.resume) if options.resume is not None else found
+    return found
 
 
-def resume(found: Path, model: Transformer, optimizer: torch.optim.Optimizer, record: dict, world, say) -> dict:
+def resume(found: Path, model: Transformer, optimizer: torch.optim.Optimizer, record: dict, say) -> dict:
     """Fill model and optimizer from a checkpoint and return its record. ValueError if it belongs to another run."""
-    saved = snapshot.verify(found, world.control)
+    saved = snapshot.read_manifest(found)["record"]
     for what, value in record["identity"].items():
         if saved["identity"].get(what) != value:
             raise ValueError(

@@ -25,14 +25,14 @@ import torch
 from solar import cli, problems
 from solar.checkpoint import copy_companions, load_model, save_model
 from solar.config import TINY
-from solar.data import standard_library
+from solar.corpus import standard_library
 from solar.model import Transformer
 from solar.sampling import generate
 from solar.tokenizer import Tokenizer
 
 ASSETS = Path(__file__).parent / "assets/base"
 TOKENIZER_BYTES = 3_000_000  # of Python sources; more does not change a vocabulary of 2,048 by much
-TOKENIZER_PROBLEMS = 10_000
+TOKENIZER_PROBLEMS = 8_000
 LONGEST_ANSWER = 96  # tokens
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import fcntl
 import glob
+import hashlib
 import json
 import os
 import shlex
@@ -240,25 +241,25 @@ def publish(out: Path, force: bool = False) -> Iterator[Path]:
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{out.name}.partial-"
-    with _directory(out.parent) as parent:
+    with open_directory(out.parent) as parent:
         # Under the parent's lock no other run sees the staging directory before it is locked. Where the filesystem has
         # no locks (some NFS), nothing is removed, since nothing says that its run is dead.
-        if _lock(parent, wait=True):
+        if lock(parent, wait=True):
             for stale in out.parent.glob(glob.escape(prefix) + "*"):
-                with contextlib.suppress(OSError), _directory(stale) as found:
-                    if _lock(found):
+                with contextlib.suppress(OSError), open_directory(stale) as found:
+                    if lock(found):
                         shutil.rmtree(stale)
         staging = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
         alive = os.open(staging, os.O_RDONLY)
-        _lock(alive)
+        lock(alive)
     try:
         yield staging
         staging.chmod(0o777 & ~_umask())  # mkdtemp makes it private
         for path in [*staging.rglob("*"), staging]:
-            _fsync(path)
+            fsync(path)
         check_output(out, force)  # it may have come into being meanwhile
         _swap(staging, out)
-        _fsync(out.parent)
+        fsync(out.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         os.close(alive)
@@ -284,7 +285,8 @@ def _swap(staging: Path, out: Path) -> None:
 
 
 @contextlib.contextmanager
-def _directory(path: Path) -> Iterator[int]:
+def open_directory(path: Path) -> Iterator[int]:
+    """A descriptor of a directory: to lock it, or to flush what it lists."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         yield descriptor
@@ -292,7 +294,7 @@ def _directory(path: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _lock(descriptor: int, wait: bool = False) -> bool:
+def lock(descriptor: int, wait: bool = False) -> bool:
     """Lock a directory until it is closed or this process dies; False if another holds it, or if nobody can."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -301,12 +303,19 @@ def _lock(descriptor: int, wait: bool = False) -> bool:
     return True
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Return once a file's content, or a directory's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def file_sha256(path: Path) -> str:
+    """The hash of a file's bytes, as 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _umask() -> int:

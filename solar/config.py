@@ -405,19 +405,20 @@ LLAMA_2_7B = ModelConfig(
     bos_token_id=1,
     eos_token_id=2,
 )
-# A Mistral in miniature: 15.5 MB in bf16.
+# A Mistral in miniature, the embedded base (solar/base.py): 11 MB in bf16.
 TINY = ModelConfig(
     model_type="mistral",
     vocab_size=2048,
-    hidden_size=256,
+    hidden_size=192,
     intermediate_size=512,
     num_hidden_layers=12,
-    num_attention_heads=8,
+    num_attention_heads=6,
     num_key_value_heads=2,
     head_dim=32,
     max_position_embeddings=4096,
     rms_norm_eps=1e-5,
     sliding_window=1024,
+    initializer_range=0.05,
     torch_dtype="bfloat16",
     bos_token_id=1,
     eos_token_id=2,

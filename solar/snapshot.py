@@ -43,8 +43,9 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from solar import cli
 from solar.checkpoint import DEFAULT_MAX_SHARD_BYTES, companions_of, copy_companions, parse_dtype, write_config
-from solar.cli import _directory, _fsync, _lock
+from solar.cli import fsync, lock, open_directory
 from solar.config import ModelConfig
+from solar.optim import local
 from solar.tensorfile import TensorToWrite, parse_json, write_bytes, write_shards
 
 FORMAT = 1
@@ -193,7 +194,7 @@ class Snapshots:
 
     def _copy(self, state: dict[str, Tensor]) -> None:
         """This rank's part of everything into memory that the next steps do not touch, after a look at each value."""
-        parts = {name: _local(tensor) for name, tensor in state.items()}
+        parts = {name: local(tensor) for name, tensor in state.items()}
         looked_at = [name for name, part in parts.items() if part.is_floating_point() and part.numel()]
         largest = torch._foreach_norm([parts[name] for name in looked_at], math.inf)
         finite = torch.stack([value.double().cpu() for value in largest]).isfinite() if largest else torch.ones(0)
@@ -214,12 +215,12 @@ class Snapshots:
     @contextlib.contextmanager
     def _staging(self, final: Path) -> Iterator[Path]:
         """A fresh hidden directory, locked for as long as this process lives, so that no other takes it for dead."""
-        with _directory(self.root) as root:
-            _lock(root, wait=True)
+        with open_directory(self.root) as root:
+            lock(root, wait=True)
             staging = self.root / f".{final.name}.partial-{secrets.token_hex(4)}"
             staging.mkdir()
             alive = os.open(staging, os.O_RDONLY)
-            _lock(alive)
+            lock(alive)
         try:
             yield staging
         finally:
@@ -245,19 +246,19 @@ class Snapshots:
         own = lambda name: name.startswith(f"__{self.rank}_") or (self.rank == 0 and not name.startswith("__"))
         files = [path for path in staging.iterdir() if own(path.name)]
         for path in files:
-            _fsync(path)
-        return {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
+            fsync(path)
+        return {path.name: {"bytes": path.stat().st_size, "sha256": cli.file_sha256(path)} for path in files}
 
     def _write_manifest(self, staging: Path, content: dict[str, Any]) -> None:
         (staging / "manifest.json").write_bytes(_seal(content))
-        _fsync(staging / "manifest.json")
-        _fsync(staging)
+        fsync(staging / "manifest.json")
+        fsync(staging)
 
     def _rename(self, staging: Path, final: Path) -> None:
         """The moment at which a checkpoint comes into being. One of the same step stands aside; see `_start`."""
         aside = self.root / f".{final.name}.replaced"
-        with _directory(self.root) as root:
-            _lock(root, wait=True)
+        with open_directory(self.root) as root:
+            lock(root, wait=True)
             if replaces := final.exists():
                 final.rename(aside)
             try:
@@ -273,9 +274,9 @@ class Snapshots:
     def _move_latest(self, final: Path) -> None:
         fresh = self.root / ".latest.partial"
         fresh.write_text(final.name + "\n")
-        _fsync(fresh)
+        fsync(fresh)
         fresh.rename(self.root / "latest")
-        _fsync(self.root)
+        fsync(self.root)
 
     def _prune(self) -> None:
         """Remove all but the first `keep` whole ones. The one that `latest` names is the first of them."""
@@ -290,9 +291,9 @@ class Snapshots:
         files = [*companions_of(companions), companions / PLAN] if companions is not None else []
         self._files = {path.name: path.read_bytes() for path in files if path.is_file()}
         self.root.mkdir(parents=True, exist_ok=True)
-        _fsync(self.root.parent)
-        with _directory(self.root) as root:
-            locked = _lock(root, wait=True)  # without locks, as on some NFS, nothing says that another run is dead
+        fsync(self.root.parent)
+        with open_directory(self.root) as root:
+            locked = lock(root, wait=True)  # without locks, as on some NFS, nothing says that another run is dead
             for aside in self.root.glob(".step-*.replaced"):
                 final = self.root / aside.name.removeprefix(".").removesuffix(".replaced")
                 if not final.exists():
@@ -300,8 +301,8 @@ class Snapshots:
                 elif locked:
                     shutil.rmtree(aside, ignore_errors=True)
             for stale in self.root.glob(".step-*.partial-*") if locked else ():
-                with contextlib.suppress(OSError), _directory(stale) as found:
-                    if _lock(found):
+                with contextlib.suppress(OSError), open_directory(stale) as found:
+                    if lock(found):
                         shutil.rmtree(stale)
 
     def _in_order(self) -> list[Path]:
@@ -350,11 +351,6 @@ def _parameter_names(model: nn.Module) -> dict[Tensor, str]:
     return names
 
 
-def _local(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor; any other tensor itself."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
 def _agree(group: dist.ProcessGroup | None, doing: str, work: Callable[[], Any]) -> list[Any]:
     """What `work` gave on each rank. If it failed on any, the first failure, raised on all: none is left waiting."""
     outcome, failure = None, None
@@ -387,7 +383,8 @@ def _seal(content: dict[str, Any]) -> bytes:
     return json.dumps(content | {"sha256": digest}, indent=1).encode() + b"\n"
 
 
-def _read_manifest(step_dir: Path) -> dict[str, Any]:
+def read_manifest(step_dir: Path) -> dict[str, Any]:
+    """The manifest: "step", "record", "files". Its own hash is checked, those of the files are not: see `verify`."""
     path = step_dir / "manifest.json"
     if not path.is_file():
         raise FileNotFoundError(f"{step_dir}: no manifest.json: not a checkpoint of this program, or not a whole one")
@@ -410,7 +407,7 @@ def _read_manifest(step_dir: Path) -> dict[str, Any]:
 def _seems_whole(step_dir: Path) -> bool:
     """Whether manifest and sizes are right, without reading the files."""
     try:
-        _check_sizes(step_dir, _read_manifest(step_dir))
+        _check_sizes(step_dir, read_manifest(step_dir))
     except (ValueError, OSError):
         return False
     return True
@@ -434,21 +431,16 @@ def verify(step_dir: str | Path, group: dist.ProcessGroup | None = None) -> dict
     step_dir = Path(step_dir)
 
     def compare() -> dict[str, Any]:
-        manifest = _read_manifest(step_dir)
+        manifest = read_manifest(step_dir)
         _check_sizes(step_dir, manifest)
         share = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
         for name in list(manifest["files"])[share[0] :: share[1]]:
-            found, expected = _sha256(step_dir / name), manifest["files"][name]["sha256"]
+            found, expected = cli.file_sha256(step_dir / name), manifest["files"][name]["sha256"]
             if found != expected:
                 raise ValueError(f"{step_dir / name}: SHA-256 {found}, the manifest says {expected}: damaged")
         return manifest["record"]
 
     return _agree(group, "", compare)[0]
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------ loading
@@ -471,7 +463,7 @@ def load(
     step_dir = Path(step_dir)
     if not verified:
         verify(step_dir, group)
-    manifest = _read_manifest(step_dir)
+    manifest = read_manifest(step_dir)
     metadata = _read_metadata(step_dir, manifest)
     names = _parameter_names(model)
     parameters = {name: tensor for tensor, name in names.items()}
@@ -485,7 +477,7 @@ def load(
         parameter, (shape, dtype) = parameters[name], _shape_and_dtype(metadata, full_name)
         if key == "step":  # torch wants it beside the parameter only where a kernel reads it
             beside = options[name].get("fused") or options[name].get("capturable")
-            value = torch.zeros(shape, dtype=dtype, device=_local(parameter).device if beside else "cpu")
+            value = torch.zeros(shape, dtype=dtype, device=local(parameter).device if beside else "cpu")
         elif shape == tuple(parameter.shape):
             value = torch.zeros_like(parameter, dtype=dtype)
         else:
@@ -578,7 +570,7 @@ def export(step_dir: str | Path, out: str | Path, dtype: str | torch.dtype | Non
     step_dir, dtype = Path(step_dir), parse_dtype(dtype)
     cli.check_output(Path(out), force)
     verify(step_dir)
-    metadata = _read_metadata(step_dir, _read_manifest(step_dir))
+    metadata = _read_metadata(step_dir, read_manifest(step_dir))
     config = ModelConfig.from_hf(parse_json((step_dir / "config.json").read_bytes(), step_dir / "config.json"))
     tensors = []
     for name, shape in config.tensor_shapes().items():

@@ -36,13 +36,13 @@ class Tokenizer:
     In a directory the first of these counts: `tokenizer.model`, the highest `tokenizer.model.v*` (both sentencepiece),
     `tokenizer.json`. `tokenizer_config.json` and `added_tokens.json` beside the file are read if they are there.
 
-    Attributes: `vocab_size` (highest id + 1), `bos_id` and `eos_id` (int or None), `adds_bos` (whether this tokenizer
-    puts BOS before a text by its own habit; pass it on: `encode(text, bos=tok.adds_bos)`).
+    Attributes: `path` (of the file), `vocab_size` (highest id + 1), `bos_id` and `eos_id` (int or None), `adds_bos`
+    (whether this tokenizer puts BOS before a text by its own habit; pass it on: `encode(text, bos=tok.adds_bos)`).
     Raises FileNotFoundError if there is no tokenizer, ValueError with the file's name if it is none that we can read.
     """
 
     def __init__(self, path: str | Path):
-        self._path = path = _find(Path(path))
+        self.path = path = _find(Path(path))
         config = _beside(path, "tokenizer_config.json")
         self._sp = self._hf = None
         self._ids: dict[str, int] = {}  # piece -> id
@@ -57,7 +57,7 @@ class Tokenizer:
         self.vocab_size = max(self._bytes) + 1
 
     def __reduce__(self):  # to a worker process by name: a pickled `tokenizers` object loses encode_special_tokens
-        return Tokenizer, (self._path,)
+        return Tokenizer, (self.path,)
 
     def _load_sentencepiece(self, path: Path, config: dict):
         self._sp = sp = sentencepiece.SentencePieceProcessor()

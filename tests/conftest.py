@@ -1,8 +1,13 @@
 """Which tests run where: Triton reads TRITON_INTERPRET when a kernel is decorated, so that takes its own process."""
 
 import os
+from pathlib import Path
 
 import pytest
+
+from solar.corpus import Source
+from solar.shards import prepare
+from tests.byte_tokenizer import Bytes
 
 # `make test` runs pytest twice: once here without the interpreter, once on tests/interpreter with it.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -23,3 +28,45 @@ def pytest_terminal_summary(terminalreporter, config):
 def print_at_the_end(pytestconfig):
     """A list of lines to show below the test results."""
     return pytestconfig.stash.setdefault(COMPILED, [])
+
+
+@pytest.fixture
+def write(tmp_path):
+    """write({name: text or bytes}) -> a directory of these files"""
+
+    def write(files, folder="text"):
+        for name, content in files.items():
+            path = tmp_path / folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return tmp_path / folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def bytes_tokenizer(tmp_path_factory):
+    path = tmp_path_factory.mktemp("bytes") / "tokenizer.model"
+    path.write_text("bytes")
+    return Bytes(path)
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_model(tmp_path_factory):
+    from solar import base  # here, since it imports the kernels, and not every test wants them
+
+    folder = tmp_path_factory.mktemp("pieces")
+    lines = Path(base.__file__).read_text().splitlines()
+    (folder / "tokenizer.model").write_bytes(base.train_tokenizer(lines, 600))
+    return folder
+
+
+@pytest.fixture
+def make(tmp_path, bytes_tokenizer):
+    """make(path, holdout) -> the directory of tokens, whose ids are bytes"""
+
+    def make(path, holdout=0.0, limit=None, **options):
+        source = Source(str(path), limit=limit)
+        return prepare(source, bytes_tokenizer, tmp_path / "cache", holdout, workers=1, **options)
+
+    return make

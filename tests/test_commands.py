@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import generate
-from solar import base, plan, upscale
+import train
+from solar import analyze, base, plan, upscale
 from tests.bench import compare, make_checkpoint, perplexity
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,7 +26,7 @@ def checkout(tmp_path_factory):
     tree.mkdir()
     for name in ("solar", "kernels", "tests"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "*.npz"))
-    for name in ("generate.py", "Makefile", "requirements.txt", "requirements-dev.txt"):
+    for name in ("generate.py", "train.py", "Makefile", "requirements.txt", "requirements-dev.txt"):
         shutil.copy(ROOT / name, tree)
     done = shell(tree, "make upscale")
     assert done.returncode == 0, done.stderr
@@ -41,10 +42,11 @@ def shell(tree: Path, command: str, stdin: str = "") -> subprocess.CompletedProc
 
 def test_bare_make_upscale_says_what_it_did_and_what_to_type_next(checkout):
     tree, done = checkout
-    assert "random weights" in done.stdout  # it is honest about what the base is worth
     assert "dus: 12 -> 18 layers" in done.stdout
-    assert (tree / "out/base/tokenizer.model").read_bytes() == (tree / "out/solar/tokenizer.model").read_bytes()
-    typed_next = re.search(r"python generate\.py .*", done.stdout.splitlines()[-1]).group()
+    base_tokenizer = tree / "solar/assets/base/tokenizer.model"
+    assert base_tokenizer.read_bytes() == (tree / "out/solar/tokenizer.model").read_bytes()
+    typed_next = re.search(r"python generate\.py .*", done.stdout.splitlines()[-2]).group()
+    assert done.stdout.splitlines()[-1].endswith("torchrun train.py")
     again = shell(tree, typed_next + " --max-new-tokens 4")
     assert again.returncode == 0, again.stderr
     assert again.stdout.startswith("Once upon a time")
@@ -89,7 +91,9 @@ def test_generate_is_reproducible_and_plan_equals_the_written_model(checkout):
     line = (
         'python generate.py --prompt "import os" --max-new-tokens 8 --no-echo --temperature 1 --seed 3 --dtype float32'
     )
-    written, again, planned = (shell(tree, line + more).stdout for more in ("", "", " --model out/base --plan dus"))
+    written, again, planned = (
+        shell(tree, line + more).stdout for more in ("", "", " --model solar/assets/base --plan dus")
+    )
     assert written == again == planned != ""
     assert shell(tree, line.replace("--seed 3", "--seed 4")).stdout != written
 
@@ -175,29 +179,41 @@ def test_the_first_commands_of_the_readme_run_as_they_stand(checkout):
     assert [line.split("#")[0].split() for line in first[:2]] == [["make", "upscale"], ["source", ".venv/bin/activate"]]
     done = shell(tree, first[2])
     assert done.returncode == 0, done.stderr
+    assert first[3].startswith("torchrun train.py ")
+    trained = shell(tree, "torchrun train.py --max-steps 2 --eval-sequences 2 --data problems:1:2000")
+    assert trained.returncode == 0, trained.stderr
+    assert trained.stdout.splitlines()[-1] == "out/pretrain/model"
+    done = shell(tree, first[4])
+    assert done.returncode == 0, done.stderr
+    drawn = shell(tree, "python -m solar.analyze curves out/pretrain")
+    assert "step 1" in drawn.stdout, drawn.stderr
 
 
 def test_every_flag_and_plan_in_the_readme_exists():
     """Each command is held against the options of its program; each plan is parsed for Mistral-7B's 32 layers."""
     programs = {
         "generate.py": generate.Options,
+        "train.py": train.Options,
+        "solar.analyze curves": analyze.CurvesOptions,
+        "solar.base examine": base.ExamineOptions,
         "solar.upscale": upscale.Options,
-        "solar.base": base.Options,
         "tests.bench.compare": compare.Options,
         "tests.bench.make_checkpoint": make_checkpoint.Options,
         "tests.bench.perplexity": perplexity.Options,
     }
-    commands = [line for block in blocks("sh") for line in block.splitlines()] + re.findall(r"`(python [^`]*)`", README)
+    lines = [line for block in blocks("sh") for line in block.replace("\\\n", " ").splitlines()]
+    commands = lines + re.findall(r"`((?:python|torchrun) [^`]*)`", README)
     seen = set()
     for command in commands:
         for program, options in programs.items():
             if program in command:
                 seen.add(program)
                 known = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(options)}
-                assert set(re.findall(r"(?<=\s)--[a-z-]+", command)) <= known, command
+                own = command.partition(program)[2]  # what stands before is torchrun's
+                assert set(re.findall(r"(?<=\s)--[a-z-]+", own)) <= known, command
         for text in re.findall(r"(?:PLAN=|--plan )([^\s`#]+)", command):
             plan.parse_plan(text, 32)
-    assert seen >= {"generate.py", "solar.upscale", "tests.bench.make_checkpoint", "tests.bench.perplexity"}
+    assert seen >= {"train.py", "generate.py", "solar.upscale", "tests.bench.make_checkpoint", "tests.bench.perplexity"}
     table = re.findall(r"^\| `([a-z]+[:\d,-]*)` \|", README, flags=re.MULTILINE)
     assert len(table) >= 6
     for text in table:
@@ -210,19 +226,23 @@ def test_the_readme_names_what_exists():
     for name, attribute in re.findall(r"`((?:solar|kernels)/[\w/]+\.py):([\w.]+)`", README):
         source = (ROOT / name).read_text()
         assert re.search(rf"(def|class) {attribute.split('.')[-1]}\b", source), f"{name}:{attribute}"
-    tree = re.search(r"```\n(generate\.py .*?)```", README, flags=re.DOTALL).group(1)
+    tree = re.search(r"```\n(train\.py .*?)```", README, flags=re.DOTALL).group(1)
     listed = {line.split()[0] for line in tree.splitlines()}
     there = {f"solar/{path.name}" for path in (ROOT / "solar").glob("*.py")} - {"solar/__init__.py"}
-    assert there | {"generate.py", "kernels/", "tests/", "tests/interpreter/", "tests/bench/"} == listed
+    there |= {"train.py", "generate.py", "solar/assets/base/"}
+    assert there | {"kernels/", "tests/", "tests/interpreter/", "tests/bench/"} == listed
     lines = len((ROOT / "solar/model.py").read_text().splitlines())
     assert f"one forward pass is one file of {lines} lines" in README.replace("\n", " ")
     for target in re.findall(r"`?make ([a-z-]+)\b", README):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE), target
 
 
-def test_the_library_example_of_the_readme_runs(checkout, tmp_path):
-    tree, _ = checkout
-    code = blocks("python")[0].replace("mistral-7b", str(tree / "out/base")).replace('device="cuda"', 'device="cpu"')
+def test_the_library_example_of_the_readme_runs(tmp_path):
+    code = (
+        blocks("python")[0]
+        .replace("mistral-7b", str(ROOT / "solar/assets/base"))
+        .replace('device="cuda"', 'device="cpu"')
+    )
     code = code.replace('"grown"', repr(str(tmp_path / "saved"))).replace("dus:8", "dus:3").replace("5565", "565")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

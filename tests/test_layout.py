@@ -11,14 +11,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A module imports strictly lower layers. L0 also holds kernels/.
 LAYERS = {
-    0: ["config", "plan", "cli", "tokenizer", "tensorfile", "losses", "optim", "problems"],
-    1: ["model"],
-    2: ["checkpoint"],
+    0: ["config", "plan", "cli", "tokenizer", "tensorfile", "losses", "optim", "problems", "permutation"],
+    1: ["model", "corpus"],
+    2: ["checkpoint", "shards"],
     3: ["upscale", "sampling", "data", "dist", "snapshot"],
-    4: ["base"],
+    4: ["base", "analyze"],
 }
 REQUIRED = {"torch", "numpy", "sentencepiece", "safetensors", "triton"}
-OPTIONAL = {"solar/tokenizer.py": {"tokenizers"}}
+OPTIONAL = {"solar/tokenizer.py": {"tokenizers"}, "solar/analyze.py": {"matplotlib"}}
 LAYER_OF = {f"solar.{name}": layer for layer, names in LAYERS.items() for name in names}
 SOURCES = [path for folder in ("solar", "kernels") for path in sorted((ROOT / folder).glob("**/*.py"))]
 SOURCES += [ROOT / "generate.py", ROOT / "train.py"]

@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from solar import snapshot
+from solar import cli, snapshot
 from solar.checkpoint import load_model
 from solar.config import TINY, ModelConfig
 from solar.model import Transformer
@@ -817,7 +817,7 @@ def reseal(path: Path, metadata: bytes) -> None:
     (path / ".metadata").write_bytes(metadata)
     manifest = json.loads((path / "manifest.json").read_text())
     del manifest["sha256"]
-    manifest["files"][".metadata"] = {"bytes": len(metadata), "sha256": snapshot._sha256(path / ".metadata")}
+    manifest["files"][".metadata"] = {"bytes": len(metadata), "sha256": cli.file_sha256(path / ".metadata")}
     (path / "manifest.json").write_bytes(snapshot._seal(manifest))
 
 
@@ -844,7 +844,7 @@ def test_metadata_of_a_stranger_runs_nothing(root, tmp_path):
 def test_metadata_that_points_elsewhere_is_refused(root):
     save(alone(root), 1)
     path = root / "step-00000001"
-    metadata = snapshot._read_metadata(path, snapshot._read_manifest(path))
+    metadata = snapshot._read_metadata(path, snapshot.read_manifest(path))
     next(iter(metadata.storage_data.values())).relative_path = "../elsewhere"
     reseal(path, pickle.dumps(metadata))
     with pytest.raises(ValueError, match="elsewhere' is not in the manifest"):

@@ -9,7 +9,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from solar import cli, data
+from solar import cli
+from solar.corpus import Corpus, Source
+from solar.data import TokenBatches
+from solar.shards import tokenise
 from solar.tokenizer import Tokenizer
 
 SECONDS = 3.0  # that each shape is drawn for
@@ -27,16 +30,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for workers in (1, 2):
             start, out = time.monotonic(), Path(folder) / str(workers)
-            corpus = data.Corpus([data.Source(path) for path in options.files])
-            manifest = data.tokenise(corpus, tokenizer, out, 0.01, workers)
+            corpus = Corpus([Source(path) for path in options.files])
+            manifest = tokenise(corpus, tokenizer, out, 0.01, workers)
             rate = corpus.size / 1e6 / (time.monotonic() - start)
             print(f"tokenising, {workers} process{'es' * (workers - 1)}: {rate:.2f} MB/s", flush=True)
         print(f"{manifest.splits['train'].tokens:,} tokens")
-        source = data.Source(str(out))
+        source = Source(str(out))
         for mask in (False, True):
             for batch_size, length in ((8, 256), (64, 256), (8, 4096), (256, 4096)):
                 args = tokenizer.vocab_size, length, batch_size, 0, mask
-                batches = data.TokenBatches([source, data.Source(folder)], [out, Path(folder) / "1"], *args)
+                batches = TokenBatches([source, Source(folder)], [out, Path(folder) / "1"], *args)
                 start, count = time.monotonic(), 0
                 for _ in batches.steps(0, 1 << 30, 0, 1, batch_size):
                     count += batch_size * length
