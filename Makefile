@@ -12,6 +12,7 @@ PLAN   ?= dus
 NPROC  ?= 1
 ARGS   ?=
 PYTHON ?=
+PEER   ?=
 
 # conda's base environment is active in every shell that conda has touched: that is no choice of an environment; nor is
 # our own .venv, which these targets keep complete.
@@ -35,7 +36,7 @@ TRAIN := $(PY) $(if $(filter-out 1,$(NPROC)),-m torch.distributed.run --nproc-pe
 # The recipes. Ours: the paper keeps its own to itself.
 # The base: at most an hour on two cores. Small batches, since a small model learns more from many steps; a learning
 # rate that stays high and then falls to zero, since the last third is where the arithmetic becomes right.
-BASE_RECIPE := --data stdlib:0.3 problems:0.7 --batch-size 4 --max-steps 8000 --lr 2e-3 --schedule wsd \
+BASE_RECIPE := --data stdlib:0.3 problems:0.7 --batch-size 4 --max-steps 5200 --lr 2e-3 --schedule wsd \
   --warmup-steps 160 --decay 0.3 --min-lr 0 --holdout 0.02 --eval-every 1000 --eval-sequences 32 --save-every 250
 # Continued pretraining, of the grown model and, beside it, of the base, on the same tokens with the same schedule. Half
 # the base's highest learning rate: enough to mend the seam, not enough to forget what both halves know.
@@ -72,7 +73,6 @@ base: $(READY)  ## train the small base that comes along anew, from nothing: abo
 	@$(PY) -m solar.base begin --out out/base-begun --force
 	@$(TRAIN) --model out/base-begun --out out/base $(BASE_RECIPE) $(ARGS)
 	@$(PY) -m solar.base embed --run out/base --out solar/assets/base --force
-	@$(PY) -m solar.base examine --model solar/assets/base
 
 test: $(TESTS)  ## every check that a CPU can run; before each commit, and in CI
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
@@ -86,6 +86,12 @@ test-full: $(TESTS)  ## the same with the long counts
 
 test-gpu: $(TESTS)  ## the kernels on this machine's GPU: bf16 parity, compilation, determinism
 	@$(PY) -m pytest tests/gpu $(ARGS)
+
+bench: $(READY)  ## training's speed on this machine's CPU; PEER=PYTHON puts that one's transformers beside it
+	@$(PY) -m tests.bench.train_step $(if $(PEER),--peer $(PEER)) $(ARGS)
+	@$(PY) -m tests.bench.train_costs sizes
+	@$(PY) -m tests.bench.train_costs lengths
+	@$(PY) -m tests.bench.train_costs save
 
 bench-gpu: $(READY)  ## the kernels' speed on this machine's GPU, beside torch's own; whole 10.7B-shaped steps
 	@$(PY) -m kernels.bench $(ARGS)

@@ -444,11 +444,11 @@ class Meter:
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a large matrix product on one device: the best of five, after one to warm up."""
+    """Operations a second of a large matrix product on one device: the best of twenty, after one to warm up."""
     size = 8192 if device.type == "cuda" else 1024
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
     seconds = []
-    for _ in range(6):
+    for _ in range(21):
         start = time.perf_counter()
         product = a @ b
         product[0, 0].item()  # waits for the device

@@ -113,10 +113,7 @@ def examine(options: ExamineOptions) -> None:
     written = answer(model, tokenizer, asked)
     for problem, text in zip(asked[: options.show], written, strict=False):
         print(f"{problem.question}\n  -> {text.strip()}  ({'right' if right(problem, text) else problem.answer})")
-    report = marks(asked, written)
-    print(f"{'family':<14} asked  right  majority answer")
-    for family, mark in report.items():
-        print(f"{family:<14} {mark['asked']:5}  {mark['right'] / mark['asked']:5.0%}  {mark['majority']:5.0%}")
+    print(table(marks(asked, written)))
 
 
 @torch.inference_mode()
@@ -147,6 +144,14 @@ def marks(asked: list[problems.Problem], written: list[str]) -> dict[str, dict[s
         family: {"asked": total[family], "right": correct[family], "majority": by_majority[family] / total[family]}
         for family in [*sorted(total.keys() - {"all"}), "all"]
     }
+
+
+def table(report: dict[str, dict[str, int | float]]) -> str:
+    """What `marks` gave, to be read."""
+    lines = [f"{'family':<14} asked  right  majority answer"]
+    for family, mark in report.items():
+        lines.append(f"{family:<14} {mark['asked']:5}  {mark['right'] / mark['asked']:5.0%}  {mark['majority']:5.0%}")
+    return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------------------------ embed
@@ -185,6 +190,7 @@ def embed(options: EmbedOptions) -> None:
             (staging / name).write_bytes((run / "model" / name).read_bytes())
         copy_companions(run / "model", staging)
         (staging / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(table(report))
     print(options.out)
 
 

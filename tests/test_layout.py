@@ -69,6 +69,13 @@ def test_one_forward_pass_fits_in_one_file():
     assert len((ROOT / "solar/model.py").read_text().splitlines()) <= 300
 
 
+def test_a_training_step_is_at_most_25_lines():
+    tree = ast.parse((ROOT / "train.py").read_text(encoding="utf-8"))
+    step = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "training_step")
+    after_docstring = step.body[1]
+    assert step.end_lineno - after_docstring.lineno + 1 <= 25
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_public_functions_say_what_they_do(path):
     """A docstring on every public function and class, except the forward passes that their module's head explains."""

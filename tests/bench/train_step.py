@@ -4,11 +4,14 @@ Both train the same random Llama on the same random tokens with fused AdamW and 
 take turns, a few steps each, so that a busy machine slows both; the figure is the median over the turns of tokens/s,
 and the ratio that of the turns. Peak memory is the resident set of each process (`VmHWM`).
 
-Without --peer it only measures ours. --ranks 2 puts two ranks with one thread each beside one with two.
+Without --peer it only measures ours. --ranks puts two ranks with one thread each beside one rank with two; these are
+started anew for each turn.
 """
 
 import argparse
+import functools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -36,7 +39,18 @@ def serve(step) -> None:
         print(json.dumps([time.perf_counter() - start, memory()]), flush=True)
 
 
-def ours(shape: str, dtype: str, compiled: bool) -> None:
+def count_out(steps: int, step) -> None:
+    """Run that many steps after two to warm up, and print the seconds."""
+    step()
+    step()
+    start = time.perf_counter()
+    for _ in range(steps):
+        step()
+    if os.environ.get("RANK", "0") == "0":
+        print(time.perf_counter() - start, flush=True)
+
+
+def ours(shape: str, dtype: str, compiled: bool, run=serve) -> None:
     import torch
 
     import train
@@ -61,7 +75,22 @@ def ours(shape: str, dtype: str, compiled: bool) -> None:
     rows = BATCH // world.size
     ids = torch.randint(0, V, (rows, LENGTH))
     micro_batches = [{"input_ids": ids, "labels": ids}]
-    serve(lambda: train.training_step(model, optimizer, train.lm_objective, micro_batches, 3e-4, 1.0, False, world))
+    run(lambda: train.training_step(model, optimizer, train.lm_objective, micro_batches, 3e-4, 1.0, False, world))
+
+
+def beside_two_ranks(shape: str, dtype: str, steps: int, turns: int) -> str:
+    """Seconds of the same steps by one rank with two threads and by two ranks with one, in turns."""
+    tail = ["-m", "tests.bench.train_step", "--count", "--shape", shape, "--dtype", dtype, "--steps", str(steps)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    seconds: dict[int, list[float]] = {1: [], 2: []}
+    for _ in range(turns):
+        for ranks, head in ((1, [sys.executable]), (2, torchrun)):
+            env = os.environ | {"OMP_NUM_THREADS": str(2 // ranks)}
+            done = subprocess.run(head + tail, env=env, stdout=subprocess.PIPE, text=True, check=True)
+            seconds[ranks].append(float(done.stdout))
+    ratio = statistics.median(two / one for one, two in zip(seconds[1], seconds[2], strict=True))
+    rates = [BATCH * LENGTH * steps / statistics.median(seconds[ranks]) for ranks in (1, 2)]
+    return f"{shape} {dtype}: one rank {rates[0]:,.0f} tokens/s, two {rates[1]:,.0f}, time ratio {ratio:.2f}"
 
 
 def theirs(shape: str, dtype: str, compiled: bool) -> None:
@@ -116,10 +145,20 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="the peer's compiled form instead of its eager one")
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--steps", type=int, default=4, help="in a turn")
+    parser.add_argument("--ranks", action="store_true", help="two ranks beside one, and no peer")
+    parser.add_argument("--count", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--serve", choices=["ours", "theirs"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
         {"ours": ours, "theirs": theirs}[options.serve](options.shape[0], options.dtype[0], options.compile)
+        return
+    if options.count:
+        run = functools.partial(count_out, options.steps)
+        ours(options.shape[0], options.dtype[0], options.compile, run)
+        return
+    if options.ranks:
+        for shape in options.shape:
+            print(beside_two_ranks(shape, options.dtype[0], options.steps, options.turns), flush=True)
         return
     tokens = options.steps * BATCH * LENGTH
     for shape in options.shape:
