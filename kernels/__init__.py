@@ -17,7 +17,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from kernels import launch
-from kernels.attention import attention_reference, attention_torch, attention_triton
+from kernels.attention import attention_reference, attention_torch, attention_triton, check_attention
 from kernels.decode import decode_attention_triton, is_decode
 from kernels.logprobs import label_logprobs_reference, label_logprobs_torch, label_logprobs_triton
 from kernels.rmsnorm import (
@@ -28,7 +28,7 @@ from kernels.rmsnorm import (
     rmsnorm_torch,
     rmsnorm_triton,
 )
-from kernels.rotary import rotary_reference, rotary_triton
+from kernels.rotary import rotary_reference, rotary_torch, rotary_triton
 from kernels.swiglu import swiglu_reference, swiglu_torch, swiglu_triton
 
 CHOICES = ("auto", "triton", "torch", "reference")
@@ -43,7 +43,7 @@ def _attention_triton(q: Tensor, k: Tensor, v: Tensor, *mask) -> Tensor:
 _FORMS: dict[str, dict[str, Callable]] = {
     "rmsnorm": {"triton": rmsnorm_triton, "torch": rmsnorm_torch, "reference": rmsnorm_reference},
     "add_rmsnorm": {"triton": add_rmsnorm_triton, "torch": add_rmsnorm_torch, "reference": add_rmsnorm_reference},
-    "rotary": {"triton": rotary_triton, "reference": rotary_reference},
+    "rotary": {"triton": rotary_triton, "torch": rotary_torch, "reference": rotary_reference},
     "attention": {"triton": _attention_triton, "torch": attention_torch, "reference": attention_reference},
     "swiglu": {"triton": swiglu_triton, "torch": swiglu_torch, "reference": swiglu_reference},
     "label_logprobs": {
@@ -117,21 +117,7 @@ def attention(
 
     document_ids (B, T) and key_document_ids (B, S) come together or not at all; ValueError for shapes that do not fit.
     """
-    (B, H, T, E), (_, K, S, _) = q.shape, k.shape
-    if k.shape != (B, K, S, E) or v.shape != k.shape or H % K or T > S:
-        raise ValueError(
-            f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit: (B, H, T, E) and "
-            "twice (B, K, S, E) with H a multiple of K and T at most S"
-        )
-    if (document_ids is None) != (key_document_ids is None):
-        raise ValueError("attention: document_ids and key_document_ids come together")
-    if document_ids is not None and (document_ids.shape != (B, T) or key_document_ids.shape != (B, S)):
-        raise ValueError(
-            f"attention: document_ids {tuple(document_ids.shape)} and key_document_ids {tuple(key_document_ids.shape)} "
-            f"must be {(B, T)} and {(B, S)}"
-        )
-    if window is not None and window < 1:
-        raise ValueError(f"attention: window {window} must be at least 1")
+    check_attention(q, k, v, window, document_ids, key_document_ids)
     return _form("attention", q)(q, k, v, window, document_ids, key_document_ids)
 
 

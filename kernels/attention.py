@@ -76,7 +76,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.launch import ARCHITECTURES, CompileCase, Config, architecture, tl, triton
+from kernels.launch import ARCHITECTURES, CompileCase, Config, architecture, check_tensors, tl, triton, why_not
 
 
 def visible(
@@ -113,6 +113,38 @@ def attention_reference(
     scores = (q32 @ k32.transpose(-2, -1)) * E**-0.5
     scores = scores.masked_fill(~visible(T, S, window, document_ids, key_document_ids, q.device), float("-inf"))
     return (scores.softmax(dim=-1) @ v32).to(q.dtype)
+
+
+def check_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int | None,
+    document_ids: Tensor | None,
+    key_document_ids: Tensor | None,
+) -> None:
+    """ValueError, naming it, for what no form of attention can take: shapes that do not fit, a window without keys."""
+    if q.dim() != 4 or k.dim() != 4:
+        raise ValueError(f"attention: q {tuple(q.shape)} and k {tuple(k.shape)} must have four dimensions")
+    (B, H, T, E), (_, K, S, _) = q.shape, k.shape
+    if k.shape != (B, K, S, E) or v.shape != k.shape or H % K or T > S:
+        raise ValueError(
+            f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit: (B, H, T, E) and "
+            "twice (B, K, S, E) with H a multiple of K and T at most S"
+        )
+    if window is not None and window < 1:
+        raise ValueError(f"attention: window {window} must be at least 1")
+    if (document_ids is None) != (key_document_ids is None):
+        raise ValueError("attention: document_ids and key_document_ids come together")
+    if document_ids is None:
+        return
+    expected = {"document_ids": (document_ids, (B, T)), "key_document_ids": (key_document_ids, (B, S))}
+    for name, (ids, shape) in expected.items():
+        if ids.shape != shape or ids.is_floating_point() or ids.device != q.device:
+            raise ValueError(
+                f"attention: {name} {tuple(ids.shape)} of {ids.dtype} on {ids.device} must be integers {shape} on "
+                f"{q.device}"
+            )
 
 
 def attention_torch(
@@ -161,15 +193,16 @@ def _locate(heads, blocks, section):
 
 
 @triton.jit
-def _tile(base, stride, first, ROWS: tl.constexpr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr):
-    """Pointers to rows first .. first + ROWS - 1, WIDTH columns, of a matrix whose rows lie `stride` apart."""
+def _tile(base, stride, first, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Pointers to rows first .. first + ROWS - 1, WIDTH columns, of a matrix whose rows lie `stride` apart.
+
+    Every row starts at a multiple of 16 bytes (`_aligned` sees to it), so 16 bytes are loaded at a time.
+    """
     row = tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
     # 64-bit arithmetic where an offset can pass 2^31, 32-bit within the tile.
     pointers = base + tl.cast(first, tl.int64) * stride + (row[:, None] * stride + column[None, :])
-    if ALIGNED:  # every row starts at a multiple of 16 bytes
-        pointers = tl.max_contiguous(tl.multiple_of(pointers, (16, 16)), (1, WIDTH))
-    return pointers
+    return tl.max_contiguous(tl.multiple_of(pointers, (16, 16)), (1, WIDTH))
 
 
 @triton.jit
@@ -299,7 +332,7 @@ def attention_forward_kernel(
     q_ptr, k_ptr, v_ptr, q_ids_ptr, k_ids_ptr, y_ptr, lse_ptr,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, q_ids_b, k_ids_b, y_b, y_h, y_t,
     heads, H, G, T, S, window, scale,
-    E: tl.constexpr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
+    E: tl.constexpr, WIDTH: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, SECTION: tl.constexpr, SCAN: tl.constexpr, PAD: tl.constexpr,
 ):  # fmt: skip
     """y and lse of BLOCK_T queries of one head: the online softmax, eq. 1 and 2."""
@@ -318,14 +351,14 @@ def attention_forward_kernel(
     begin, full_begin, full_end, end = _key_range(
         t, T, S, window, ids, k_ids, BLOCK_T, BLOCK_S, SCAN, HAS_WINDOW, HAS_DOCUMENTS
     )
-    q = _load_tile(_tile(q_ptr + b * q_b + h * q_h, q_t, t, BLOCK_T, WIDTH, ALIGNED), t, T, BLOCK_T, E, WIDTH)
+    q = _load_tile(_tile(q_ptr + b * q_b + h * q_h, q_t, t, BLOCK_T, WIDTH), t, T, BLOCK_T, E, WIDTH)
 
     peak = tl.full([BLOCK_T], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_T], tl.float32)
     y = tl.zeros([BLOCK_T, WIDTH], tl.float32)
     if begin < end:  # always; see "The loops" above
-        k_tile = _tile(k_base, k_t, begin, BLOCK_S, WIDTH, ALIGNED)
-        v_tile = _tile(v_base, v_t, begin, BLOCK_S, WIDTH, ALIGNED)
+        k_tile = _tile(k_base, k_t, begin, BLOCK_S, WIDTH)
+        v_tile = _tile(v_base, v_t, begin, BLOCK_S, WIDTH)
         for start in tl.range(begin, end, BLOCK_S):
             k = _load_tile(k_tile, start, S, BLOCK_S, E, WIDTH)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee")
@@ -353,7 +386,7 @@ def attention_forward_kernel(
     seen_any = total > 0  # a row without any visible key, which `visible` rules out, becomes zero and not nan
     y = y * tl.where(seen_any, 1 / total, 0.0)[:, None]
     lse = tl.where(seen_any & (row < T), peak * scale + tl.log2(total), float("inf"))
-    _store_tile(_tile(y_ptr + b * y_b + h * y_h, y_t, t, BLOCK_T, WIDTH, ALIGNED), t, T, y, BLOCK_T, E, WIDTH)
+    _store_tile(_tile(y_ptr + b * y_b + h * y_h, y_t, t, BLOCK_T, WIDTH), t, T, y, BLOCK_T, E, WIDTH)
     tl.store(lse_ptr + tl.cast(head, tl.int64) * padded + row, lse)
 
 
@@ -365,7 +398,7 @@ def attention_backward_queries_kernel(
     q_ptr, k_ptr, v_ptr, q_ids_ptr, k_ids_ptr, y_ptr, lse_ptr, dy_ptr, dq_ptr, delta_ptr,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, q_ids_b, k_ids_b, y_b, y_h, y_t, dy_b, dy_h, dy_t, dq_b, dq_h, dq_t,
     heads, H, G, T, S, window, scale,
-    E: tl.constexpr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
+    E: tl.constexpr, WIDTH: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, SECTION: tl.constexpr, SCAN: tl.constexpr, PAD: tl.constexpr,
 ):  # fmt: skip
     """dq and delta of BLOCK_T queries of one head: eq. 3, 5, 6 and 7."""
@@ -384,17 +417,17 @@ def attention_backward_queries_kernel(
     begin, full_begin, full_end, end = _key_range(
         t, T, S, window, ids, k_ids, BLOCK_T, BLOCK_S, SCAN, HAS_WINDOW, HAS_DOCUMENTS
     )
-    dy = _load_tile(_tile(dy_ptr + b * dy_b + h * dy_h, dy_t, t, BLOCK_T, WIDTH, ALIGNED), t, T, BLOCK_T, E, WIDTH)
-    y = _load_tile(_tile(y_ptr + b * y_b + h * y_h, y_t, t, BLOCK_T, WIDTH, ALIGNED), t, T, BLOCK_T, E, WIDTH)
+    dy = _load_tile(_tile(dy_ptr + b * dy_b + h * dy_h, dy_t, t, BLOCK_T, WIDTH), t, T, BLOCK_T, E, WIDTH)
+    y = _load_tile(_tile(y_ptr + b * y_b + h * y_h, y_t, t, BLOCK_T, WIDTH), t, T, BLOCK_T, E, WIDTH)
     delta = tl.sum(dy.to(tl.float32) * y.to(tl.float32), 1)  # the kernel below reads it again
     tl.store(delta_ptr + tl.cast(head, tl.int64) * padded + row, delta)
     lse = tl.load(lse_ptr + tl.cast(head, tl.int64) * padded + row)
-    q = _load_tile(_tile(q_ptr + b * q_b + h * q_h, q_t, t, BLOCK_T, WIDTH, ALIGNED), t, T, BLOCK_T, E, WIDTH)
+    q = _load_tile(_tile(q_ptr + b * q_b + h * q_h, q_t, t, BLOCK_T, WIDTH), t, T, BLOCK_T, E, WIDTH)
 
     dq = tl.zeros([BLOCK_T, WIDTH], tl.float32)
     if begin < end:
-        k_tile = _tile(k_base, k_t, begin, BLOCK_S, WIDTH, ALIGNED)
-        v_tile = _tile(v_base, v_t, begin, BLOCK_S, WIDTH, ALIGNED)
+        k_tile = _tile(k_base, k_t, begin, BLOCK_S, WIDTH)
+        v_tile = _tile(v_base, v_t, begin, BLOCK_S, WIDTH)
         for start in tl.range(begin, end, BLOCK_S):
             k = _load_tile(k_tile, start, S, BLOCK_S, E, WIDTH)
             v = _load_tile(v_tile, start, S, BLOCK_S, E, WIDTH)
@@ -414,7 +447,7 @@ def attention_backward_queries_kernel(
             k_tile += BLOCK_S * k_t
             v_tile += BLOCK_S * v_t
     dq = dq * (scale * 0.6931471805599453)  # scale * ln(2) = 1 / sqrt(E)
-    _store_tile(_tile(dq_ptr + b * dq_b + h * dq_h, dq_t, t, BLOCK_T, WIDTH, ALIGNED), t, T, dq, BLOCK_T, E, WIDTH)
+    _store_tile(_tile(dq_ptr + b * dq_b + h * dq_h, dq_t, t, BLOCK_T, WIDTH), t, T, dq, BLOCK_T, E, WIDTH)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -422,7 +455,7 @@ def attention_backward_keys_kernel(
     q_ptr, k_ptr, v_ptr, q_ids_ptr, k_ids_ptr, lse_ptr, dy_ptr, delta_ptr, dk_ptr, dv_ptr,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, q_ids_b, k_ids_b, dy_b, dy_h, dy_t, dk_b, dk_h, dk_t, dv_b, dv_h, dv_t,
     heads, H, G, T, S, window, scale,
-    E: tl.constexpr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
+    E: tl.constexpr, WIDTH: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, SECTION: tl.constexpr, SCAN: tl.constexpr, PAD: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BLOCK_S keys of one key head, summed over its G query heads in one fixed order: eq. 3 to 7."""
@@ -438,8 +471,8 @@ def attention_backward_keys_kernel(
     begin, full_begin, full_end, end = _query_range(
         s, T, S, window, ids, q_ids, BLOCK_T, BLOCK_S, SCAN, HAS_WINDOW, HAS_DOCUMENTS
     )
-    k = _load_tile(_tile(k_ptr + b * k_b + kv * k_h, k_t, s, BLOCK_S, WIDTH, ALIGNED), s, S, BLOCK_S, E, WIDTH)
-    v = _load_tile(_tile(v_ptr + b * v_b + kv * v_h, v_t, s, BLOCK_S, WIDTH, ALIGNED), s, S, BLOCK_S, E, WIDTH)
+    k = _load_tile(_tile(k_ptr + b * k_b + kv * k_h, k_t, s, BLOCK_S, WIDTH), s, S, BLOCK_S, E, WIDTH)
+    v = _load_tile(_tile(v_ptr + b * v_b + kv * v_h, v_t, s, BLOCK_S, WIDTH), s, S, BLOCK_S, E, WIDTH)
 
     dk = tl.zeros([BLOCK_S, WIDTH], tl.float32)
     dv = tl.zeros([BLOCK_S, WIDTH], tl.float32)
@@ -450,8 +483,8 @@ def attention_backward_keys_kernel(
             dy_base = dy_ptr + b * dy_b + h * dy_h
             lse_base = lse_ptr + (b * H + h) * padded
             delta_base = delta_ptr + (b * H + h) * padded
-            q_tile = _tile(q_base, q_t, begin, BLOCK_T, WIDTH, ALIGNED)
-            dy_tile = _tile(dy_base, dy_t, begin, BLOCK_T, WIDTH, ALIGNED)
+            q_tile = _tile(q_base, q_t, begin, BLOCK_T, WIDTH)
+            dy_tile = _tile(dy_base, dy_t, begin, BLOCK_T, WIDTH)
             for start in tl.range(begin, end, BLOCK_T):
                 q = _load_tile(q_tile, start, T, BLOCK_T, E, WIDTH)
                 dy = _load_tile(dy_tile, start, T, BLOCK_T, E, WIDTH)
@@ -476,14 +509,14 @@ def attention_backward_keys_kernel(
                 q_tile += BLOCK_T * q_t
                 dy_tile += BLOCK_T * dy_t
     dk = dk * (scale * 0.6931471805599453)
-    _store_tile(_tile(dk_ptr + b * dk_b + kv * dk_h, dk_t, s, BLOCK_S, WIDTH, ALIGNED), s, S, dk, BLOCK_S, E, WIDTH)
-    _store_tile(_tile(dv_ptr + b * dv_b + kv * dv_h, dv_t, s, BLOCK_S, WIDTH, ALIGNED), s, S, dv, BLOCK_S, E, WIDTH)
+    _store_tile(_tile(dk_ptr + b * dk_b + kv * dk_h, dk_t, s, BLOCK_S, WIDTH), s, S, dk, BLOCK_S, E, WIDTH)
+    _store_tile(_tile(dv_ptr + b * dv_b + kv * dv_h, dv_t, s, BLOCK_S, WIDTH), s, S, dv, BLOCK_S, E, WIDTH)
 
 
 # ---------------------------------------------------------------------------------------------------- launching
 
 PAD = 128  # rows of lse and delta are padded to a multiple of it; every BLOCK_T divides it
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_HEAD_DIM = 256
 KERNELS = {
     "forward": attention_forward_kernel,
     "queries": attention_backward_queries_kernel,
@@ -521,22 +554,34 @@ CONFIGS = {
         "keys": {64: _tiles(64, 64, 4, 2), 128: _tiles(32, 64, 4, 2), 256: _tiles(16, 64, 4, 2)},
     },
 }
-# Products of fp32 tensors are exact and run outside the tensor cores: for tests and small models, the same anywhere.
-FP32 = {
-    "forward": {64: _tiles(32, 32, 4, 1), 128: _tiles(32, 16, 4, 1), 256: _tiles(32, 16, 8, 1)},
-    "queries": {64: _tiles(32, 32, 8, 1), 128: _tiles(16, 32, 8, 1), 256: _tiles(16, 16, 8, 1)},
-    "keys": {64: _tiles(32, 32, 4, 1), 128: _tiles(16, 32, 4, 1), 256: _tiles(16, 16, 4, 1)},
+# Products of fp32 tensors are exact and run outside the tensor cores: for tests and small models, in small tiles. The
+# second stage of the pipeline is there for its shared memory: without, whole rows would wait in registers, and spill.
+_FP32 = {
+    "forward": {64: _tiles(32, 32, 4, 2), 128: _tiles(32, 16, 4, 2), 256: _tiles(32, 16, 8, 2)},
+    "queries": {64: _tiles(32, 32, 8, 2), 128: _tiles(16, 32, 8, 2), 256: _tiles(16, 16, 4, 2)},
+    "keys": {64: _tiles(32, 32, 4, 1), 128: _tiles(16, 32, 4, 1), 256: _tiles(16, 16, 8, 1)},
 }
+FP32 = dict.fromkeys(ARCHITECTURES, _FP32)
+FP32["gfx942"] = _FP32 | {"keys": _FP32["keys"] | {256: _tiles(16, 16, 4, 1)}}  # 4 warps have 512 registers each
 
 
 def _config(kernel: str, q: Tensor, width: int) -> Config:
-    table = FP32 if q.dtype == torch.float32 else CONFIGS[architecture(q.device)]
+    table = (FP32 if q.dtype == torch.float32 else CONFIGS)[architecture(q.device)]
     return table[kernel][max(width, 64)]
 
 
-def _launch(kernel: str, tensors: dict[str, Tensor | None], window: int | None) -> None:
+def _aligned(x: Tensor) -> Tensor:
+    """x, or a copy of it where a row of it does not lie together or does not start at a multiple of 16 bytes."""
+    starts = [x.data_ptr(), *(x.stride(at) * x.element_size() for at in range(3) if x.shape[at] > 1)]
+    whole = x.stride(3) == 1 and all(start % 16 == 0 for start in starts)
+    return x if whole else x.clone(memory_format=torch.contiguous_format)
+
+
+def _launch(kernel: str, tensors: dict[str, Tensor | None], window: int | None, scale: float) -> None:
     """Run one kernel. tensors: its pointer arguments by name, without `_ptr`; those with heads bring their strides."""
     q, k = tensors["q"], tensors["k"]
+    if reason := why_not(q):
+        raise ValueError(f"attention: {reason}")
     (B, H, T, E), (_, K, S, _) = q.shape, k.shape
     width = max(16, triton.next_power_of_2(E))
     config = _config(kernel, q, width)
@@ -550,16 +595,13 @@ def _launch(kernel: str, tensors: dict[str, Tensor | None], window: int | None) 
     documents = tensors["q_ids"] is not None
     for name in ("q_ids", "k_ids"):
         strides[f"{name}_b"] = tensors[name].stride(0) if documents else 0
-    bytes_of = [t.data_ptr() for t in tiles.values()]
-    bytes_of += [t.stride(at) * t.element_size() for t in tiles.values() for at in range(3) if t.shape[at] > 1]
     with torch.cuda.device_of(q):
         KERNELS[kernel][(programs,)](
             **{f"{name}_ptr": t for name, t in tensors.items()},
             **strides,
             **{"heads": B * H, "H": H, "G": H // K, "T": T, "S": S, "window": window or 0},
-            **{"scale": E**-0.5 * math.log2(math.e), "E": E, "WIDTH": width, "PAD": PAD, "SECTION": SECTIONS[kernel]},
+            **{"scale": scale * math.log2(math.e), "E": E, "WIDTH": width, "PAD": PAD, "SECTION": SECTIONS[kernel]},
             **{"HAS_WINDOW": window is not None and window < S, "HAS_DOCUMENTS": documents},
-            ALIGNED=all(n % 16 == 0 for n in bytes_of),
             **config.constants,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
@@ -571,16 +613,22 @@ def _launch(kernel: str, tensors: dict[str, Tensor | None], window: int | None) 
 
 @torch.library.custom_op("solar::attention", mutates_args=())
 def _attention(
-    q: Tensor, k: Tensor, v: Tensor, window: int | None, document_ids: Tensor | None, key_document_ids: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int | None,
+    document_ids: Tensor | None,
+    key_document_ids: Tensor | None,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     y, lse = _outputs(q)
-    read = {"q": q, "k": k, "v": v, "q_ids": document_ids, "k_ids": key_document_ids}
-    _launch("forward", {**read, "y": y, "lse": lse}, window)
+    read = {"q": _aligned(q), "k": _aligned(k), "v": _aligned(v), "q_ids": document_ids, "k_ids": key_document_ids}
+    _launch("forward", {**read, "y": y, "lse": lse}, window, scale)
     return y, lse
 
 
 @_attention.register_fake
-def _(q, k, v, window, document_ids, key_document_ids):
+def _(q, k, v, window, document_ids, key_document_ids, scale):
     return _outputs(q)
 
 
@@ -602,31 +650,30 @@ def _attention_backward(
     window: int | None,
     document_ids: Tensor | None,
     key_document_ids: Tensor | None,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     delta = torch.empty_like(lse)
-    if dy.stride(-1) != 1:  # a gradient that was expanded, such as that of a sum
-        dy = dy.contiguous()
-    read = {"q": q, "k": k, "v": v, "q_ids": document_ids, "k_ids": key_document_ids, "lse": lse, "dy": dy}
-    _launch("queries", {**read, "y": y, "dq": dq, "delta": delta}, window)
-    _launch("keys", {**read, "delta": delta, "dk": dk, "dv": dv}, window)
+    read = {"q": _aligned(q), "k": _aligned(k), "v": _aligned(v), "q_ids": document_ids, "k_ids": key_document_ids}
+    read |= {"lse": lse, "dy": _aligned(dy)}
+    _launch("queries", {**read, "y": y, "dq": dq, "delta": delta}, window, scale)
+    _launch("keys", {**read, "delta": delta, "dk": dk, "dv": dv}, window, scale)
     return dq, dk, dv
 
 
 @_attention_backward.register_fake
-def _(dy, q, k, v, y, lse, window, document_ids, key_document_ids):
+def _(dy, q, k, v, y, lse, window, document_ids, key_document_ids, scale):
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 def _save(ctx, inputs, output) -> None:
-    q, k, v, ctx.window, document_ids, key_document_ids = inputs
+    q, k, v, ctx.window, document_ids, key_document_ids, ctx.scale = inputs
     ctx.save_for_backward(q, k, v, *output, document_ids, key_document_ids)
 
 
 def _differentiate(ctx, dy: Tensor, _):
-    q, k, v, y, lse, document_ids, key_document_ids = ctx.saved_tensors
-    gradients = _attention_backward(dy, q, k, v, y, lse, ctx.window, document_ids, key_document_ids)
-    return *gradients, None, None, None
+    q, k, v, y, lse, *ids = ctx.saved_tensors
+    return *_attention_backward(dy, q, k, v, y, lse, ctx.window, *ids, ctx.scale), None, None, None, None
 
 
 _attention.register_autograd(_differentiate, setup_context=_save)
@@ -640,39 +687,21 @@ def attention_triton(
     document_ids: Tensor | None = None,
     key_document_ids: Tensor | None = None,
 ) -> Tensor:
-    """The kernels above. Any strides, as long as each row of E values lies together; ids are compared as 32 bits."""
-    (B, H, T, E), (_, K, S, _) = q.shape, k.shape
-    if k.shape != (B, K, S, E) or v.shape != k.shape or H % K or T > S:
-        raise ValueError(
-            f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit: (B, H, T, E) and "
-            "twice (B, K, S, E) with H a multiple of K and T at most S"
-        )
-    if E > 256:
-        raise ValueError(f"attention: head_dim {E} of q is more than 256, which the kernels are built for")
-    for name, t in (("q", q), ("k", k), ("v", v)):
-        if t.dtype != q.dtype or t.dtype not in DTYPES:
-            raise ValueError(f"attention: {name} is {t.dtype} and q {q.dtype}; all three must be one of {DTYPES}")
-        if t.device != q.device:
-            raise ValueError(f"attention: {name} is on {t.device} and q on {q.device}")
-        if t.stride(-1) != 1:
-            raise ValueError(f"attention: the last stride of {name} is {t.stride(-1)} and must be 1")
-    if (document_ids is None) != (key_document_ids is None):
-        raise ValueError("attention: document_ids and key_document_ids come together")
+    """The kernels above, for head_dim to 256 and any strides but in E. Document ids are compared as 32 bits."""
+    check_attention(q, k, v, window, document_ids, key_document_ids)
+    check_tensors("attention", q=q, k=k, v=v)
+    if q.shape[3] > MAX_HEAD_DIM:
+        raise ValueError(f"attention: head_dim {q.shape[3]}; the kernels take at most {MAX_HEAD_DIM}")
     if document_ids is not None:
-        for name, ids, shape in (
-            ("document_ids", document_ids, (B, T)),
-            ("key_document_ids", key_document_ids, (B, S)),
-        ):
-            if ids.shape != shape or ids.device != q.device or ids.is_floating_point():
-                raise ValueError(
-                    f"attention: {name} {tuple(ids.shape)} of {ids.dtype} on {ids.device} must be integers {shape} "
-                    f"on {q.device}"
-                )
         # Rows that lie apart, or one id expanded over a row: a few bytes a token to put right.
         document_ids, key_document_ids = (
             ids if ids.stride(-1) == 1 else ids.contiguous() for ids in (document_ids, key_document_ids)
         )
-    return _attention(q, k, v, window, document_ids, key_document_ids)[0]
+    E = q.shape[3]
+    if missing := -E % (16 // q.dtype.itemsize):  # columns of zeros change no score, and rows are multiples of 16 bytes
+        q, k, v = (F.pad(t, (0, missing)) for t in (q, k, v))
+    y, _ = _attention(q, k, v, window, document_ids, key_document_ids, E**-0.5)
+    return y[..., :E] if missing else y
 
 
 # ---------------------------------------------------------------------------------------------------- compilation
@@ -683,20 +712,21 @@ def compile_cases() -> list[CompileCase]:
     cases = []
     for arch in ARCHITECTURES:
         for kernel, configs in CONFIGS[arch].items():
-            cases += [_compile_case(arch, kernel, E, config, True) for E, config in configs.items()]
-            cases.append(_compile_case(arch, kernel, 128, configs[128], False))
+            cases += [_compile_case(arch, kernel, E, config) for E, config in configs.items()]
+            cases.append(_compile_case(arch, kernel, 128, configs[128], masks=False))
+            cases += [_compile_case(arch, kernel, E, config).in_fp32() for E, config in FP32[arch][kernel].items()]
     return cases
 
 
-def _compile_case(arch: str, kernel: str, E: int, config: Config, masks: bool) -> CompileCase:
+def _compile_case(arch: str, kernel: str, E: int, config: Config, masks: bool = True) -> CompileCase:
     function = KERNELS[kernel]
-    constants = {"E": E, "WIDTH": E, "ALIGNED": True, "HAS_WINDOW": masks, "HAS_DOCUMENTS": masks}
+    constants = {"E": E, "WIDTH": E, "HAS_WINDOW": masks, "HAS_DOCUMENTS": masks}
     constants |= {"SECTION": SECTIONS[kernel], "PAD": PAD}
     if not masks:
         constants |= {"q_ids_ptr": None, "k_ids_ptr": None}
     types = {"q_ids_ptr": "*i64", "k_ids_ptr": "*i64", "lse_ptr": "*fp32", "delta_ptr": "*fp32", "scale": "fp32"}
     names = [name for name in function.arg_names if name not in constants and name not in config.constants]
     signature = {name: types.get(name, "*bf16" if name.endswith("_ptr") else "i32") for name in names}
-    told = f"{function.__name__.removesuffix('_kernel')} E={E}" + (" window documents" if masks else "")
+    told = f"{function.__name__.removesuffix('_kernel')} E{E}" + " masks" * masks
     pointers = tuple(name for name in names if name.endswith("_ptr"))
     return CompileCase(function, told, arch, signature, config, constants, pointers)

@@ -35,11 +35,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kernels.launch import CompileCase, Config, architecture, tl, triton, why_not
+from kernels.attention import MAX_HEAD_DIM, check_attention
+from kernels.launch import CompileCase, Config, architecture, check_tensors, tl, triton, why_not
 
 MAX_ROWS = 32  # G * T, beyond which attention by blocks of queries does as well
-MAX_HEAD_DIM = 256
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 # A block is 16 KB of K and as much of V, whatever head_dim and dtype, and BLOCK_N keys at most; with more than 16 rows
 # of queries it has fewer keys, so that the tile of scores stays as small. A processor of an H200 must keep about 40 KB
@@ -199,11 +198,12 @@ def _block_m(rows: int) -> int:
     return max(16, 1 << (rows - 1).bit_length())
 
 
-def _config(name: str, row_bytes: int, block_m: int) -> Config:
-    """The configuration of an architecture for keys of so many bytes and tiles of so many rows of queries."""
+def _config(name: str, block_e: int, itemsize: int, block_m: int) -> Config:
+    """The configuration of an architecture for tiles of so many columns and rows of queries."""
     config = CONFIGS[name]
-    block_n = min(config.constants["BLOCK_N"], BLOCK_BYTES // row_bytes) * 16 // block_m
-    return replace(config, constants={"BLOCK_N": max(16, block_n)})
+    block_n = min(config.constants["BLOCK_N"], BLOCK_BYTES // (block_e * itemsize)) * 16 // block_m
+    num_warps = 8 if itemsize == 4 else config.num_warps  # fp32 products hold their operands in registers: half as many
+    return replace(config, constants={"BLOCK_N": max(16, block_n)}, num_warps=num_warps)
 
 
 @functools.cache
@@ -231,7 +231,7 @@ def _split(groups: int, blocks: int, slots: int) -> int:
 def is_decode(q: Tensor, k: Tensor) -> bool:
     """Whether `decode_attention_triton` serves: few rows of queries to a key head, and no gradient wanted."""
     rows = q.shape[2] * (q.shape[1] // k.shape[1])
-    return rows <= MAX_ROWS and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad))
+    return 0 < rows <= MAX_ROWS and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad))
 
 
 def decode_attention_triton(
@@ -242,41 +242,17 @@ def decode_attention_triton(
     document_ids: Tensor | None = None,
     key_document_ids: Tensor | None = None,
 ) -> Tensor:
-    """`attention_reference` for few queries, G * T <= MAX_ROWS; has no gradient.
+    """`attention_reference` for few queries, G * T <= MAX_ROWS, and head_dim to 256; has no gradient.
 
     k and v may be views of a cache. ValueError for shapes, dtypes, devices or strides that do not fit.
     """
-    if q.dim() != 4 or k.dim() != 4:
-        raise ValueError(f"decode attention: q {tuple(q.shape)} and k {tuple(k.shape)} must have four dimensions")
-    (B, H, T, E), (_, K, S, _) = q.shape, k.shape
-    if k.shape != (B, K, S, E) or v.shape != k.shape or H % K or not 1 <= T <= S:
-        raise ValueError(
-            f"decode attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit: (B, H, T, E) "
-            "and twice (B, K, S, E) with H a multiple of K and T at most S"
-        )
-    if H // K * T > MAX_ROWS:
-        raise ValueError(f"decode attention: {H // K * T} rows of queries a key head; it takes at most {MAX_ROWS}")
-    if E > MAX_HEAD_DIM:
-        raise ValueError(f"decode attention: head_dim {E}; it takes at most {MAX_HEAD_DIM}")
-    if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
-        raise ValueError(
-            f"decode attention: q {q.dtype}, k {k.dtype}, v {v.dtype} must be of one dtype of 16 or 32 bits"
-        )
-    if window is not None and window < 1:
-        raise ValueError(f"decode attention: window {window} must be at least 1")
-    if (document_ids is None) != (key_document_ids is None):
-        raise ValueError("decode attention: document_ids and key_document_ids come together")
-    if document_ids is not None and (document_ids.shape != (B, T) or key_document_ids.shape != (B, S)):
-        raise ValueError(
-            f"decode attention: document_ids {tuple(document_ids.shape)} and key_document_ids "
-            f"{tuple(key_document_ids.shape)} must be {(B, T)} and {(B, S)}"
-        )
-    tensors = {"q": q, "k": k, "v": v, "document_ids": document_ids, "key_document_ids": key_document_ids}
-    for name, x in tensors.items():
-        if x is not None and x.device != q.device:
-            raise ValueError(f"decode attention: {name} is on {x.device} and q on {q.device}")
-        if x is not None and name in "qkv" and x.stride(-1) != 1 and E > 1:
-            raise ValueError(f"decode attention: {name} has stride {x.stride(-1)} in its last dimension, not 1")
+    check_attention(q, k, v, window, document_ids, key_document_ids)
+    check_tensors("decode attention", q=q, k=k, v=v)
+    rows = q.shape[1] // k.shape[1] * q.shape[2]
+    if not 1 <= rows <= MAX_ROWS:
+        raise ValueError(f"decode attention: {rows} rows of queries a key head; it takes 1 to {MAX_ROWS}")
+    if q.shape[3] > MAX_HEAD_DIM:
+        raise ValueError(f"decode attention: head_dim {q.shape[3]}; it takes at most {MAX_HEAD_DIM}")
     return torch.ops.solar.decode_attention(q, k, v, window, document_ids, key_document_ids)
 
 
@@ -306,7 +282,7 @@ def _decode_attention(
     start = max(0, S - T + 1 - window)  # the first key that the first query sees
     name = architecture(q.device)
     block_e, block_m = _block_e(E), _block_m(G * T)
-    config = _config(name, block_e * q.dtype.itemsize, block_m)
+    config = _config(name, block_e, q.dtype.itemsize, block_m)
     block_n = config.constants["BLOCK_N"]
     blocks = -(-(S - start) // block_n)
     blocks_per_split = _split(B * K, blocks, RESIDENT * _processors(q.device))
@@ -352,47 +328,38 @@ def _(q, k, v, window, document_ids, key_document_ids):
 
 
 def compile_cases() -> list[CompileCase]:
-    """Both kernels for head_dim 64, 128 and 256; the first for few and many rows, with and without documents."""
+    """Both kernels for head_dim 64, 128, 256, bf16 and fp32; the first with few rows and many, documents and none."""
     cases = []
     strides = [f"stride_{x}{dim}" for x, dims in (("q", "bht"), ("k", "bhn"), ("v", "bhn")) for dim in dims]
     integers = ["stride_ib", "stride_it", "stride_jb", "G", "T", "S", "window", "start", "keys_per_split", "splits"]
     partials = dict.fromkeys(("o_ptr", "m_ptr", "l_ptr"), "*fp32")
+    ids = ("ids_ptr", "key_ids_ptr")
+    shapes = [(64, 16, False), (64, MAX_ROWS, True), (128, 16, False), (128, 16, True), (128, MAX_ROWS, False)]
+    shapes += [(256, 16, False), (256, MAX_ROWS, True)]
     for name in CONFIGS:
-        for E, rows, documents in [
-            (64, 16, False),
-            (64, MAX_ROWS, True),
-            (128, 16, False),
-            (128, 16, True),
-            (128, MAX_ROWS, False),
-            (256, 16, False),
-            (256, MAX_ROWS, True),
-        ]:
+        for E, rows, documents in shapes:
             pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), "*bf16") | partials
-            ids = ("ids_ptr", "key_ids_ptr")
             pointers |= dict.fromkeys(ids, "*i64") if documents else {}
-            cases.append(
-                CompileCase(
-                    kernel=_decode_split,
-                    name=f"decode_split E{E} M{rows}" + " documents" * documents,
-                    architecture=name,
-                    signature=pointers | dict.fromkeys([*strides, *integers], "i32") | {"scale": "fp32"},
-                    config=_config(name, E * 2, rows),
-                    constants={"HEAD_DIM": E, "BLOCK_E": E, "BLOCK_M": rows}
-                    | ({} if documents else dict.fromkeys(ids)),
-                    divisible=(*pointers, *strides),
-                )
+            case = CompileCase(
+                kernel=_decode_split,
+                name=f"decode_split E{E} M{rows}" + " documents" * documents,
+                architecture=name,
+                signature=pointers | dict.fromkeys([*strides, *integers], "i32") | {"scale": "fp32"},
+                config=_config(name, E, 2, rows),
+                constants={"HEAD_DIM": E, "BLOCK_E": E, "BLOCK_M": rows} | ({} if documents else dict.fromkeys(ids)),
+                divisible=(*pointers, *strides),
             )
+            cases += [case, case.in_fp32(_config(name, E, 4, rows))]
         for E in (64, 128, 256):
             y_strides = ["stride_yb", "stride_yh", "stride_yt"]
-            cases.append(
-                CompileCase(
-                    kernel=_decode_merge,
-                    name=f"decode_merge E{E}",
-                    architecture=name,
-                    signature=partials | {"y_ptr": "*bf16"} | dict.fromkeys([*y_strides, "T", "splits"], "i32"),
-                    config=MERGE_CONFIGS[name],
-                    constants={"HEAD_DIM": E, "BLOCK_E": E},
-                    divisible=(*partials, "y_ptr", *y_strides),
-                )
+            case = CompileCase(
+                kernel=_decode_merge,
+                name=f"decode_merge E{E}",
+                architecture=name,
+                signature=partials | {"y_ptr": "*bf16"} | dict.fromkeys([*y_strides, "T", "splits"], "i32"),
+                config=MERGE_CONFIGS[name],
+                constants={"HEAD_DIM": E, "BLOCK_E": E},
+                divisible=(*partials, "y_ptr", *y_strides),
             )
+            cases += [case, case.in_fp32()]
     return cases

@@ -1,4 +1,4 @@
-"""What every Triton kernel here shares: Triton or a stand-in for it, configurations, and cases to compile.
+"""What every Triton kernel here shares: Triton or a stand-in for it, configurations, cases to compile, and checks.
 
 A file with kernels says `from kernels.launch import tl, triton` and imports everywhere: where Triton does not exist,
 `jit` leaves a function as it is and nothing ever calls it.
@@ -9,7 +9,7 @@ so a run is repeatable and nothing is compiled again when only a length changes.
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -33,6 +33,7 @@ else:
     HAVE_TRITON = True
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,11 @@ class CompileCase:
     config: Config
     constants: Mapping[str, object] = field(default_factory=dict)  # those that no Config sets: head_dim, flags
     divisible: tuple[str, ...] = ()
+
+    def in_fp32(self, config: Config | None = None) -> "CompileCase":
+        """The same kernel with fp32 tensors for bf16 ones, and their own configuration if they have one."""
+        signature = {name: "*fp32" if kind == "*bf16" else kind for name, kind in self.signature.items()}
+        return replace(self, name=f"{self.name} fp32", signature=signature, config=config or self.config)
 
 
 @functools.cache
@@ -89,3 +95,22 @@ def why_not(x: torch.Tensor) -> str | None:
     if not x.is_cuda and not interpreted():
         return f"a tensor is on {x.device}, where triton does not run"
     return None
+
+
+def check_tensors(operation: str, one_dtype: bool = True, **tensors: torch.Tensor) -> None:
+    """ValueError, naming the tensor, unless all are of a float dtype of 16 or 32 bits, on one device, with whole rows.
+
+    one_dtype: they must share it. A row is whole when its elements lie side by side, however far apart rows are.
+    """
+    (first, x), *_ = tensors.items()
+    for name, t in tensors.items():
+        if t.dtype not in DTYPES:
+            raise ValueError(f"{operation}: {name} is {t.dtype}, not float16, bfloat16 or float32")
+        if one_dtype and t.dtype != x.dtype:
+            raise ValueError(f"{operation}: {name} is {t.dtype}, {first} is {x.dtype}")
+        if t.device != x.device:
+            raise ValueError(f"{operation}: {name} is on {t.device}, {first} on {x.device}")
+        if t.stride(-1) != 1 and t.shape[-1] > 1:
+            raise ValueError(
+                f"{operation}: the last dimension of {name} must be contiguous, its stride is {t.stride(-1)}"
+            )

@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.launch import CompileCase, Config, architecture, tl, triton, why_not
+from kernels.launch import DTYPES, CompileCase, Config, architecture, tl, triton, why_not
 
 IGNORED = -100
 CHUNK = 1024  # tokens; the logits of one chunk are all that is held
@@ -55,37 +55,60 @@ def label_logprobs_torch(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 class _ChunkedLabelLogprobs(torch.autograd.Function):
-    """Keeps no logits between forward and backward: the backward pass computes each chunk's again."""
+    """Keeps no logits between forward and backward.
+
+    d y_i / d logits_i = onehot(l_i) - p_i needs nothing from above, so the forward pass takes the gradients along while
+    it has the logits: those of x row by row, to be scaled by dy_i, and that of W summed, for which all dy_i must be
+    equal. In training they are. Where they are not, the backward pass computes the logits again.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight, labels)
-        return torch.cat(
-            [_chunk_logprobs(xs, weight, ls) for xs, ls in zip(x.split(CHUNK), labels.split(CHUNK), strict=True)]
-        )
+        want_dx, want_dw, _ = ctx.needs_input_grad
+        y = x.new_empty(len(x), dtype=_wide(x))
+        # Of y and not of the loss, with the sign turned; dw is kept in fp32, which a sum over many chunks needs.
+        dx = torch.empty_like(x) if want_dx else None
+        dw = torch.zeros_like(weight, dtype=_wide(weight)) if want_dw else None
+        for at in range(0, len(x), CHUNK):
+            xs, ls = x[at : at + CHUNK], labels[at : at + CHUNK]
+            logprobs = F.linear(xs, weight).log_softmax(dim=-1, dtype=_wide(weight))
+            y[at : at + CHUNK] = -F.nll_loss(logprobs, ls, ignore_index=IGNORED, reduction="none")
+            if want_dx or want_dw:
+                _add_gradients(logprobs.exp_(), None, xs, weight, ls, None if dx is None else dx[at : at + CHUNK], dw)
+        ctx.save_for_backward(x, weight, labels, dx, dw)
+        return y
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        x, weight, labels = ctx.saved_tensors
-        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        # Summed over the chunks in fp32: a sum of many bf16 terms would lose the small ones.
-        dw = torch.zeros_like(weight, dtype=_wide(weight)) if ctx.needs_input_grad[1] else None
-        for at in range(0, len(x), CHUNK):
-            xs, ls = x[at : at + CHUNK], labels[at : at + CHUNK]
-            scale = torch.where(ls == IGNORED, 0.0, dy[at : at + CHUNK])[:, None]
-            dlogits = F.linear(xs, weight).softmax(dim=-1, dtype=_wide(weight)).mul_(-scale)
-            dlogits.scatter_add_(1, ls.clamp(min=0)[:, None], scale)
-            dlogits = dlogits.to(x.dtype)
-            if dx is not None:
-                dx[at : at + CHUNK] = dlogits @ weight
-            if dw is not None:
-                dw += dlogits.T @ xs
-        return dx, None if dw is None else dw.to(weight.dtype), None
+        x, weight, labels, dx, dw = ctx.saved_tensors
+        if dx is not None:
+            dx = dx * -dy[:, None].to(dx.dtype)
+        if dw is not None:
+            learned = dy[labels != IGNORED]
+            if len(learned) == 0 or (learned == learned[0]).all():
+                dw = dw * -(learned[0] if len(learned) else 0.0)
+            else:
+                dw = torch.zeros_like(dw)
+                for at in range(0, len(x), CHUNK):
+                    xs, ls = x[at : at + CHUNK], labels[at : at + CHUNK]
+                    p = F.linear(xs, weight).softmax(dim=-1, dtype=_wide(weight))
+                    _add_gradients(p, -dy[at : at + CHUNK], xs, weight, ls, None, dw)
+            dw = dw.to(weight.dtype)
+        return dx, dw, None
 
 
-def _chunk_logprobs(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    logits = F.linear(x, weight).to(_wide(weight))
-    return -F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
+def _add_gradients(p: Tensor, scale: Tensor | None, x: Tensor, weight: Tensor, labels: Tensor, dx, dw) -> None:
+    """From probabilities p, which it overwrites: d(-y)/dx into dx, and d(-y)/dW, rows scaled, onto dw."""
+    p.scatter_add_(1, labels.clamp(min=0)[:, None], torch.full_like(p[:, :1], -1.0))
+    if (ignored := labels == IGNORED).any():
+        p.masked_fill_(ignored[:, None], 0.0)
+    if scale is not None:
+        p *= scale[:, None]
+    dlogits = p.to(x.dtype)
+    if dx is not None:
+        torch.matmul(dlogits, weight, out=dx)
+    if dw is not None:
+        dw += dlogits.T @ x
 
 
 def _wide(t: Tensor) -> torch.dtype:
@@ -169,7 +192,6 @@ def _logprobs_backward(
 # ---------------------------------------------------------------------------------------------------- launchers
 
 BUFFER_BYTES = 256 << 20  # the logits of a chunk: 4,096 tokens over a vocabulary of 32,000, 1,024 over 128,256
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 _FORWARD = Config({"BLOCK_V": 4096}, num_warps=8, num_stages=1)
 _BACKWARD = Config({"BLOCK_V": 4096}, num_warps=8, num_stages=1)
@@ -312,7 +334,7 @@ _label_logprobs.register_autograd(_differentiate, setup_context=_save)
 
 
 def compile_cases() -> list[CompileCase]:
-    """Both kernels, for a vocabulary that is a multiple of 16 and for one that is not."""
+    """Both kernels with bf16 and fp32 logits, for a vocabulary that is a multiple of 16 and for one that is not."""
     kernels = {
         "forward": (_logprobs_forward, ("y_ptr", "m_ptr", "log_s_ptr")),
         "backward": (_logprobs_backward, ("dy_ptr", "m_ptr", "log_s_ptr")),
@@ -322,15 +344,14 @@ def compile_cases() -> list[CompileCase]:
         for kind, (kernel, vectors) in kernels.items():
             for odd in (False, True):
                 pointers = {"logits_ptr": "*bf16", "labels_ptr": "*i64"} | dict.fromkeys(vectors, "*fp32")
-                cases.append(
-                    CompileCase(
-                        kernel=kernel,
-                        name=f"logprobs_{kind}" + " odd V" * odd,
-                        architecture=name,
-                        signature=pointers | {"V": "i32", "stride": "i32"},
-                        config=configs[kind],
-                        constants={"IGNORED": IGNORED},
-                        divisible=(*pointers, "stride", *([] if odd else ["V"])),
-                    )
+                case = CompileCase(
+                    kernel=kernel,
+                    name=f"logprobs_{kind}" + " odd V" * odd,
+                    architecture=name,
+                    signature=pointers | {"V": "i32", "stride": "i32"},
+                    config=configs[kind],
+                    constants={"IGNORED": IGNORED},
+                    divisible=(*pointers, "stride", *([] if odd else ["V"])),
                 )
+                cases += [case, case.in_fp32()]
     return cases

@@ -25,10 +25,9 @@ import functools
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.launch import ARCHITECTURES, CompileCase, Config, architecture, tl, triton, why_not
+from kernels.launch import ARCHITECTURES, CompileCase, Config, architecture, check_tensors, tl, triton, why_not
 
 
 def rmsnorm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -45,8 +44,32 @@ def add_rmsnorm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: floa
 
 
 def rmsnorm_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    # Without its weight argument: torch's own would multiply before it rounds.
-    return weight * F.rms_norm(x, (x.shape[-1],), None, eps)
+    """The same in three passes forward and six backward; autograd of the reference takes twice as many.
+
+    (Torch's own F.rms_norm multiplies by the weight before it rounds, and on a CPU is these parts one by one.)
+    """
+    return _RMSNorm.apply(x, weight, eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float() if x.dtype.itemsize < 4 else x
+        inverse = (torch.linalg.vecdot(wide, wide) / x.shape[-1] + eps).rsqrt()[..., None]
+        normalised = (wide * inverse).to(x.dtype)
+        ctx.save_for_backward(normalised, inverse, weight)
+        return weight * normalised
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        normalised, inverse, weight = ctx.saved_tensors
+        n, g = normalised.to(inverse.dtype), dy.to(inverse.dtype)
+        dw = (g * n).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        if not ctx.needs_input_grad[0]:
+            return None, dw, None
+        g = g * weight
+        pull = torch.linalg.vecdot(g, n)[..., None] / n.shape[-1]
+        return g.addcmul_(n, pull, value=-1).mul_(inverse).to(normalised.dtype), dw, None
 
 
 def add_rmsnorm_torch(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -417,22 +440,17 @@ def _check(name: str, weight: Tensor, **rows: Tensor) -> None:
         raise ValueError(f"{name}: weight {tuple(weight.shape)} does not fit x {tuple(x.shape)}")
     if not weight.is_contiguous():
         raise ValueError(f"{name}: weight must be contiguous, its stride is {weight.stride(0)}, not 1")
-    for label, t in {**rows, "weight": weight}.items():
-        if t is not weight and t.shape != x.shape:
+    for label, t in rows.items():
+        if t.shape != x.shape:
             raise ValueError(f"{name}: {label} {tuple(t.shape)} is not of the shape of x {tuple(x.shape)}")
-        if t.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-            raise ValueError(f"{name}: {label} is {t.dtype}, not float16, bfloat16 or float32")
-        if t.device != x.device:
-            raise ValueError(f"{name}: {label} is on {t.device}, x on {x.device}")
-        if t.stride(-1) != 1 and t.shape[-1] > 1:
-            raise ValueError(f"{name}: the last dimension of {label} must be contiguous, its stride is {t.stride(-1)}")
+    check_tensors(name, one_dtype=False, **rows, weight=weight)
 
 
 # ---------------------------------------------------------------------------------------------------- compile cases
 
 
 def compile_cases() -> list[CompileCase]:
-    """Every kernel for every size of tile, alone and fused, with bf16 tensors; the widths are those of real models."""
+    """Every kernel for every size of tile, alone and fused, with bf16 and fp32 tensors, in widths of real models."""
     tensors = ["x_ptr", "residual_ptr", "dy_ptr", "dtotal_ptr", "weight_ptr", "y_ptr", "total_ptr", "dx_ptr", "dw_ptr"]
     types = dict.fromkeys(tensors, "*bf16") | dict.fromkeys(("inverse_ptr", "pull_ptr", "partial_ptr"), "*fp32")
     types |= dict.fromkeys(["N", "programs", "x_stride", "residual_stride", "dy_stride", "dtotal_stride"], "i32")
@@ -448,22 +466,28 @@ def compile_cases() -> list[CompileCase]:
     cases = []
     added, sums = ("residual_ptr", "total_ptr"), ("inverse_ptr", "pull_ptr")
     for arch in ARCHITECTURES:
-        tiled = lambda kernel, D, arch=arch: _tiled(kernel, arch, D)
         for D in (128, 4096, 8192, 16384):
-            cases.append(case(_rmsnorm_forward, f"rmsnorm_forward add {D}", arch, tiled("forward", D), D, sums))
-            if max(CONFIGS[arch]["backward"]) >= D:
-                cases.append(case(_rmsnorm_backward, f"rmsnorm_backward add {D}", arch, tiled("backward", D), D, sums))
+            forward = case(_rmsnorm_forward, f"rmsnorm_forward add {D}", arch, _tiled("forward", arch, D), D, sums)
+            cases += [forward, forward.in_fp32()]
+            for itemsize in (2, 4):
+                config = _tiled("backward", arch, D, itemsize)
+                if config.constants["BLOCK_D"] >= D:
+                    backward = case(_rmsnorm_backward, f"rmsnorm_backward add {D}", arch, config, D, sums)
+                    cases.append(backward if itemsize == 2 else backward.in_fp32())
         D = 4096
-        cases += [
-            case(_rmsnorm_forward, f"rmsnorm_forward {D}", arch, tiled("forward", D), D, (*added, *sums)),
-            case(_rmsnorm_backward, f"rmsnorm_backward {D}", arch, tiled("backward", D), D, ("dtotal_ptr", *sums)),
+        forward, backward = (_tiled(kernel, arch, D) for kernel in ("forward", "backward"))
+        others = [
+            case(_rmsnorm_forward, f"rmsnorm_forward {D}", arch, forward, D, (*added, *sums)),
+            case(_rmsnorm_backward, f"rmsnorm_backward {D}", arch, backward, D, ("dtotal_ptr", *sums)),
             case(_rmsnorm_sum, f"rmsnorm_sum {D}", arch, SUM, D),
         ]
         D = 20480
-        cases += [
+        forward, backward = (_tiled(kernel, arch, D) for kernel in ("forward", "backward"))
+        others += [
             case(_rmsnorm_row_sums, f"rmsnorm_row_sums add {D}", arch, ROW_SUMS, D, ("dy_ptr",)),
             case(_rmsnorm_row_sums, f"rmsnorm_row_sums dy {D}", arch, ROW_SUMS, D, added),
-            case(_rmsnorm_forward, f"rmsnorm_forward {D}", arch, tiled("forward", D), D, added),
-            case(_rmsnorm_backward, f"rmsnorm_backward add {D}", arch, tiled("backward", D), D),
+            case(_rmsnorm_forward, f"rmsnorm_forward {D}", arch, forward, D, added),
+            case(_rmsnorm_backward, f"rmsnorm_backward add {D}", arch, backward, D),
         ]
+        cases += others + [other.in_fp32() for other in others]
     return cases

@@ -18,7 +18,7 @@ leave with the same strides: nothing is copied here, and to write them into a ca
 import torch
 from torch import Tensor
 
-from kernels.launch import ARCHITECTURES, CompileCase, Config, architecture, tl, triton, why_not
+from kernels.launch import ARCHITECTURES, CompileCase, Config, architecture, check_tensors, tl, triton, why_not
 
 
 def rotary_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -30,6 +30,33 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # the same for every head
     first, second = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def rotary_torch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """q and k turned in three passes each, forward and backward, where autograd of the reference takes a dozen."""
+    return _Turn.apply(q, cos, sin), _Turn.apply(k, cos, sin)
+
+
+class _Turn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn_in_place(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        cos, sin = ctx.saved_tensors
+        return _turn_in_place(dy, cos, -sin), None, None
+
+
+def _turn_in_place(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    wide = x.to(torch.promote_types(x.dtype, cos.dtype))
+    y = wide * torch.cat((cos, cos), dim=-1)
+    (x_first, x_second), (y_first, y_second) = wide.chunk(2, dim=-1), y.chunk(2, dim=-1)
+    y_first.addcmul_(x_second, sin, value=-1)
+    y_second.addcmul_(x_first, sin)
+    return y.to(x.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------- the kernel
@@ -185,16 +212,9 @@ def rotary_triton(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tenso
             raise ValueError(f"rotary: {name} {tuple(x.shape)} does not fit q {tuple(q.shape)}: {(B, T, E // 2)} or 1")
         if x.dtype != torch.float32:
             raise ValueError(f"rotary: {name} is {x.dtype}, not float32")
-    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise ValueError(f"rotary: q is {q.dtype}, not float16, bfloat16 or float32")
-    if k.dtype != q.dtype:
-        raise ValueError(f"rotary: k is {k.dtype}, q is {q.dtype}")
-    for name, x in {"k": k, "cos": cos, "sin": sin}.items():
         if x.device != q.device:
             raise ValueError(f"rotary: {name} is on {x.device}, q on {q.device}")
-    for name, x in {"q": q, "k": k}.items():
-        if x.stride(-1) != 1:
-            raise ValueError(f"rotary: the last dimension of {name} must be contiguous, its stride is {x.stride(-1)}")
+    check_tensors("rotary", q=q, k=k)
     return _turned(q, k, cos, sin)
 
 
@@ -202,11 +222,11 @@ def rotary_triton(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tenso
 
 
 def compile_cases() -> list[CompileCase]:
-    """Head dimensions and head counts of real models, with bf16 tensors."""
+    """Head dimensions and head counts of real models, with bf16 and fp32 tensors."""
     pointers = {name: "*fp32" if name in ("cos_ptr", "sin_ptr") else "*bf16" for name in _POINTERS}
     strides = [f"{x}_stride_{axis}" for x in ("q", "k", "q_out", "k_out") for axis in "bht"] + ["angle_stride_b"]
     signature = pointers | {"T": "i32"} | dict.fromkeys(strides, "i32")
-    return [
+    cases = [
         CompileCase(
             _rotary,
             f"rotary {H}/{K} {E}{' back' if back else ''}",
@@ -219,6 +239,7 @@ def compile_cases() -> list[CompileCase]:
         for arch in ARCHITECTURES
         for H, K, E, back in ((32, 8, 128, False), (32, 8, 128, True), (32, 4, 64, False), (16, 8, 256, False))
     ]
+    return cases + [case.in_fp32() for case in cases]
 
 
 _POINTERS = ("q_ptr", "k_ptr", "cos_ptr", "sin_ptr", "q_out_ptr", "k_out_ptr")

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.launch import ARCHITECTURES, CompileCase, Config, architecture, tl, triton, why_not
+from kernels.launch import ARCHITECTURES, CompileCase, Config, architecture, check_tensors, tl, triton, why_not
 
 
 def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
@@ -131,15 +131,7 @@ _swiglu.register_autograd(_differentiate, setup_context=_save)
 def swiglu_triton(gate: Tensor, up: Tensor) -> Tensor:
     if gate.ndim == 0 or up.shape != gate.shape:
         raise ValueError(f"swiglu: gate {tuple(gate.shape)} and up {tuple(up.shape)} are not both (..., F)")
-    if gate.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise ValueError(f"swiglu: gate is {gate.dtype}, not float16, bfloat16 or float32")
-    if up.dtype != gate.dtype:
-        raise ValueError(f"swiglu: up is {up.dtype}, gate is {gate.dtype}")
-    if up.device != gate.device:
-        raise ValueError(f"swiglu: up is on {up.device}, gate on {gate.device}")
-    for name, x in {"gate": gate, "up": up}.items():
-        if x.stride(-1) != 1 and x.shape[-1] > 1:
-            raise ValueError(f"swiglu: the last dimension of {name} must be contiguous, its stride is {x.stride(-1)}")
+    check_tensors("swiglu", gate=gate, up=up)
     return _swiglu(gate, up)
 
 
@@ -147,7 +139,7 @@ def swiglu_triton(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def compile_cases() -> list[CompileCase]:
-    """Both kernels with bf16 tensors; as one long row, whose length passes 2^31 or does not."""
+    """Both kernels with bf16 and fp32 tensors; as one long row, whose length passes 2^31 or does not."""
     cases = []
     for arch in ARCHITECTURES:
         for kind, kernel in (("forward", _swiglu_forward), ("backward", _swiglu_backward)):
@@ -155,7 +147,6 @@ def compile_cases() -> list[CompileCase]:
             names = [name for name in kernel.arg_names if name not in config.constants]
             for width in ("i32", "i64"):
                 signature = {name: "*bf16" if name.endswith("_ptr") else width for name in names}
-                cases.append(
-                    CompileCase(kernel, f"swiglu_{kind} {width}", arch, signature, config, {}, tuple(signature))
-                )
+                case = CompileCase(kernel, f"swiglu_{kind} {width}", arch, signature, config, {}, tuple(signature))
+                cases += [case, case.in_fp32()]
     return cases

@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,10 +21,12 @@ from kernels.logprobs import CHUNK, label_logprobs_reference, label_logprobs_tor
 from kernels.rmsnorm import add_rmsnorm_reference, add_rmsnorm_torch, rmsnorm_reference, rmsnorm_torch
 from kernels.rotary import rotary_reference
 from kernels.swiglu import swiglu_reference, swiglu_torch
+from tests import oracle
 
 EPS = 1e-5
 NEAR = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.float64: {"rtol": 1e-12, "atol": 1e-12}}
 HALVES = (torch.bfloat16, torch.float16)
+randn = partial(oracle.randn, dtype=torch.float64)
 SHAPES = [(1, 1), (1, 7), (5, 64), (3, 13, 127), (2, 1, 1024), (0, 8)]
 
 
@@ -34,12 +37,6 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def randn(*shape: int, seed: int = 0, dtype=torch.float64, scale: float = 1.0) -> torch.Tensor:
-    """Drawn in fp64, then rounded: every dtype sees the same numbers as nearly as it can."""
-    generator = torch.Generator().manual_seed(1000 * seed + sum(shape))
-    return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
 
 
 def weighting(y: torch.Tensor, n: int = 0) -> torch.Tensor:
@@ -121,10 +118,11 @@ def test_in_16_bits_no_form_is_far_from_the_truth(name, dtype):
     got, specified, truth = first(fused(*inputs)), first(reference(*inputs)), first(reference(*exact))
     assert_not_farther(2, got, specified, truth)
     assert (got.double() - truth).abs().max() <= 2 * (specified.double() - truth).abs().max()
-    # Torch's own attention keeps probabilities in 16 bits on its way back: up to 2.2 times as far was measured.
-    found = zip(gradients(fused, inputs), gradients(reference, inputs), gradients(reference, exact), strict=True)
+    # Torch's own attention rounds the operands of its products, which the specification does not.
+    yardstick = (lambda q, k, v: oracle.attention_rounded(q, k, v, 29)) if name == "attention" else reference
+    found = zip(gradients(fused, inputs), gradients(yardstick, inputs), gradients(reference, exact), strict=True)
     for gradient, specified, truth in found:
-        assert_not_farther(3 if name == "attention" else 2, gradient, specified, truth)
+        assert_not_farther(2, gradient, specified, truth)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -378,8 +376,9 @@ IDS, KEY_IDS = torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, 5, dtype=torc
         ((Q, KV, KV, -1), "window -1"),
         ((Q, KV, KV, None, IDS, None), "come together"),
         ((Q, KV, KV, None, None, KEY_IDS), "come together"),
-        ((Q, KV, KV, None, KEY_IDS, KEY_IDS), r"must be \(2, 3\) and \(2, 5\)"),
-        ((Q, KV, KV, None, IDS, IDS), r"must be \(2, 3\) and \(2, 5\)"),
+        ((Q, KV, KV, None, KEY_IDS, KEY_IDS), r"document_ids \(2, 5\) of torch.int64 on cpu must be integers \(2, 3\)"),
+        ((Q, KV, KV, None, IDS, IDS), r"key_document_ids \(2, 3\) of torch.int64 on cpu must be integers \(2, 5\)"),
+        ((Q, KV, KV, None, IDS.float(), KEY_IDS), "document_ids .* of torch.float32"),
     ],
 )
 def test_attention_refuses_what_does_not_fit(arguments, says):

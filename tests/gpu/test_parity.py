@@ -3,11 +3,13 @@
 The interpreter cannot show this: its bf16 arithmetic is wrong, and nothing of the compiler has run. `make test-gpu`.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import kernels
-from kernels.attention import attention_reference, attention_torch
+from kernels.attention import attention_reference
 from kernels.logprobs import label_logprobs_reference
 from kernels.rmsnorm import add_rmsnorm_reference, rmsnorm_reference
 from kernels.rotary import rotary_reference
@@ -15,6 +17,7 @@ from kernels.swiglu import swiglu_reference
 from solar.config import TINY
 from solar.model import KVCache, Transformer
 from solar.sampling import generate
+from tests.oracle import attention_rounded, hold, outputs_and_gradients
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here; `make test-gpu` where there is one")
 DEVICE = "cuda"
@@ -31,33 +34,6 @@ def triton_form():
 
 def random(*shape, dtype):
     return torch.randn(*shape, device=DEVICE, dtype=dtype)
-
-
-def outputs_and_gradients(form, inputs, weights):
-    """Every output, and the gradient of each input under fixed random cotangents."""
-    leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
-    found = form(*leaves)
-    found = found if isinstance(found, tuple) else (found,)
-    torch.autograd.backward(found, [w.to(y.dtype) for y, w in zip(found, weights, strict=True)])
-    return [y.detach() for y in found] + [x.grad for x in leaves if x.requires_grad]
-
-
-def hold(ours, reference, inputs, yardstick=None, slack=1e-6):
-    """Outputs and gradients at most twice as far from the truth as the yardstick (the reference) in this dtype."""
-    double = [x.double() if x.is_floating_point() else x for x in inputs]
-    shapes = reference(*double)
-    shapes = shapes if isinstance(shapes, tuple) else (shapes,)
-    weights = [torch.randn_like(y) for y in shapes]
-    truth = outputs_and_gradients(reference, double, weights)
-    theirs = outputs_and_gradients(yardstick or reference, inputs, weights)
-    mine = outputs_and_gradients(ours, inputs, weights)
-    for number, (t, r, m) in enumerate(zip(truth, theirs, mine, strict=True)):
-        assert m.shape == t.shape
-        assert m.dtype == r.dtype
-        error, allowed = ((x.double() - t).norm() for x in (m, r))
-        assert error <= 2 * allowed + slack * t.norm() + 1e-12, (
-            f"output {number}: {error:.3e} against the reference's {allowed:.3e}"
-        )
 
 
 @dtypes
@@ -96,6 +72,7 @@ SHAPES = [  # B, H, K, T, S, E, window, documents
     (2, 4, 4, 384, 384, 128, None, True),
     (2, 8, 2, 511, 511, 64, 130, True),
     (1, 2, 2, 200, 200, 80, None, False),
+    (1, 2, 1, 200, 230, 100, None, False),  # rows of 200 bytes
     (1, 2, 1, 130, 130, 256, None, False),
 ]
 
@@ -107,20 +84,21 @@ def test_attention(shape, dtype):
     q, k, v = (random(B, n, h, E, dtype=dtype).transpose(1, 2) for n, h in ((T, H), (S, K), (S, K)))
     ids = (torch.arange(S, device=DEVICE) // 97).expand(B, S).contiguous() if documents else None
     for_form = lambda form: lambda q, k, v: form(q, k, v, window, ids, ids)
-    # The reference keeps the probabilities in fp32; torch's own rounds them for the product with v, as the kernels do.
-    hold(for_form(kernels.attention), for_form(attention_reference), [q, k, v], for_form(attention_torch), slack=1e-3)
+    ours, truth, rounded = (for_form(form) for form in (kernels.attention, attention_reference, attention_rounded))
+    # Where few keys are seen dS is a small difference, and tensor cores add with a little less than fp32 has.
+    hold(ours, truth, [q, k, v], rounded, cancels=1e-5)
 
 
 @dtypes
-@pytest.mark.parametrize(("B", "H", "K", "T", "S", "window"), [(1, 32, 8, 1, 8192, None), (16, 32, 8, 1, 5000, None)])
+@pytest.mark.parametrize(
+    ("B", "H", "K", "T", "S", "window"),
+    [(1, 32, 8, 1, 8192, None), (16, 32, 8, 1, 5000, None), (2, 8, 2, 5, 3000, 700)],
+)
 @pytest.mark.parametrize("E", [64, 128])
 def test_decode(B, H, K, T, S, window, E, dtype):
     q, k, v = random(B, H, T, E, dtype=dtype), random(B, K, S, E, dtype=dtype), random(B, K, S, E, dtype=dtype)
-    with torch.inference_mode():
-        mine = kernels.attention(q, k, v, window)
-        truth = attention_reference(q.double(), k.double(), v.double(), window)
-        theirs = attention_reference(q, k, v, window)
-    assert (mine.double() - truth).norm() <= 2 * (theirs.double() - truth).norm() + 1e-6 * truth.norm()
+    for_form = lambda form: lambda q, k, v: form(q, k, v, window)
+    hold(for_form(kernels.attention), for_form(attention_reference), [q, k, v], gradients=False)
 
 
 @dtypes
@@ -134,11 +112,15 @@ def test_label_logprobs(N, D, V, dtype):
 
 
 def test_the_same_call_gives_the_same_bits():
-    q, k, v = (random(2, 300, h, 128, dtype=torch.bfloat16).transpose(1, 2) for h in (8, 2, 2))
-    weights = [torch.randn_like(q)]
-    runs = [outputs_and_gradients(kernels.attention, [q, k, v], weights) for _ in range(3)]
-    for other in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+    bf16 = torch.bfloat16
+    labels = torch.randint(0, 32000, (5000,), device=DEVICE)
+    for form, inputs in (
+        (kernels.attention, [random(2, 300, h, 128, dtype=bf16).transpose(1, 2) for h in (8, 2, 2)]),
+        (lambda x, w: kernels.rmsnorm(x, w, 1e-5), [random(3000, 4096, dtype=bf16), random(4096, dtype=bf16)]),
+        (lambda x, w: kernels.label_logprobs(x, w, labels), [random(n, 256, dtype=bf16) for n in (5000, 32000)]),
+    ):
+        first, *others = (outputs_and_gradients(form, inputs, [form(*inputs)]) for _ in range(3))
+        assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
 def build(dtype):
@@ -165,8 +147,6 @@ def test_a_decoder_layer_compiles_whole_and_not_again_for_another_length():
 
 @pytest.mark.parametrize("sliding", [None, 64])
 def test_the_model_with_cache_equals_the_full_pass(sliding):
-    from dataclasses import replace
-
     config = replace(TINY, sliding_window=sliding, num_hidden_layers=3)
     model = Transformer(config)
     model.init_weights(0)

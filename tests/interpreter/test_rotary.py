@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.rotary import rotary_reference, rotary_triton
+from tests.oracle import hold, randn
 
 module = importlib.import_module("kernels.rotary")  # `kernels.rotary` is the function of that name
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
@@ -16,20 +17,6 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch):
     monkeypatch.setattr(module, "TILE", 8)  # pairs: so that the heads of a token take several
-
-
-@pytest.fixture(autouse=True)
-def _empty_is_nan():
-    """Memory that no kernel writes stays NaN: torch fills what `torch.empty` returns when asked to be deterministic."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def randn(*shape: int, dtype=torch.float32, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(1000 * seed + sum(shape))
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def heads(B: int, T: int, H: int, E: int, dtype=torch.float32, seed: int = 0) -> torch.Tensor:
@@ -42,23 +29,8 @@ def angles(B: int, T: int, E: int) -> tuple[torch.Tensor, torch.Tensor]:
     return angle.cos(), angle.sin()
 
 
-def outputs_and_gradients(form, q, k, cos, sin):
-    q, k = q.detach().requires_grad_(), k.detach().requires_grad_()
-    turned = form(q, k, cos, sin)
-    cotangents = [randn(*x.shape, dtype=torch.float16, seed=7).to(x.dtype) for x in turned]
-    return *(x.detach() for x in turned), *torch.autograd.grad(turned, (q, k), cotangents)
-
-
-def hold(q, k, cos, sin):
-    """fp32 to a few units in the last place; 16 bits to twice the error that the reference itself makes."""
-    truth = outputs_and_gradients(rotary_reference, q.double(), k.double(), cos.double(), sin.double())
-    theirs = outputs_and_gradients(rotary_reference, q, k, cos, sin)
-    ours = outputs_and_gradients(rotary_triton, q, k, cos, sin)
-    for mine, specified, exact in zip(ours, theirs, truth, strict=True):
-        assert mine.dtype == specified.dtype
-        assert mine.shape == exact.shape
-        error, allowed = ((x.double() - exact).norm() for x in (mine, specified))
-        assert error <= 2 * allowed + 1e-6 * exact.norm(), f"{error:.2e}, the reference {allowed:.2e}"
+def check(q, k, cos, sin):
+    hold(lambda q, k: rotary_triton(q, k, cos, sin), lambda q, k: rotary_reference(q, k, cos, sin), [q, k])
 
 
 @dtypes
@@ -66,25 +38,25 @@ def hold(q, k, cos, sin):
 @pytest.mark.parametrize(("H", "K", "T", "E"), [(1, 1, 1, 2), (3, 1, 5, 6), (8, 2, 3, 4), (4, 4, 2, 16), (5, 1, 2, 20)])
 def test_outputs_and_gradients(H, K, T, E, batch, dtype):
     q, k = heads(3, T, H, E, dtype, seed=1), heads(3, T, K, E, dtype, seed=2)
-    hold(q, k, *angles(batch, T, E))
-    hold(q.contiguous(), k, *angles(batch, T, E))
+    check(q, k, *angles(batch, T, E))
+    check(q.contiguous(), k, *angles(batch, T, E))
 
 
 @dtypes
 def test_the_real_tile(dtype, monkeypatch):
     monkeypatch.undo()
-    hold(heads(1, 3, 40, 128, dtype, seed=1), heads(1, 3, 8, 128, dtype, seed=2), *angles(1, 3, 128))
+    check(heads(1, 3, 40, 128, dtype, seed=1), heads(1, 3, 8, 128, dtype, seed=2), *angles(1, 3, 128))
 
 
 @dtypes
 def test_heads_apart_in_memory(dtype):
     fused = randn(2, 3, 8 * 6, seed=1, dtype=dtype).unflatten(-1, (8, 6)).transpose(1, 2)  # one projection for q, k, v
-    hold(fused[:, :4], fused[:, 4:6], *angles(1, 3, 6))
+    check(fused[:, :4], fused[:, 4:6], *angles(1, 3, 6))
     wide = randn(2, 4, 3, 10, seed=2, dtype=dtype)
-    hold(wide[..., 1:7], wide[:, :2, :, 4:], *angles(2, 3, 6))
+    check(wide[..., 1:7], wide[:, :2, :, 4:], *angles(2, 3, 6))
     cos, sin = angles(2, 6, 6)
-    hold(wide[..., 1:7], wide[:, :2, :, 4:], cos[:, ::2], sin[:, ::2])
-    hold(wide[..., 1:7], wide[:, :2, :, 4:], cos[:1, :3].expand(2, 3, 3), sin[:, 3:])
+    check(wide[..., 1:7], wide[:, :2, :, 4:], cos[:, ::2], sin[:, ::2])
+    check(wide[..., 1:7], wide[:, :2, :, 4:], cos[:1, :3].expand(2, 3, 3), sin[:, 3:])
 
 
 def test_the_layout_stays():
@@ -130,7 +102,7 @@ def test_drawn(data):
     B, T, H, K, E = draw(1, 3), draw(1, 4), draw(1, 7), draw(1, 4), 2 * draw(1, 11)
     dtype = data.draw(st.sampled_from([torch.float32, torch.float16]))
     q, k = heads(B, T, H, E, dtype, seed=1), heads(B, T, K, E, dtype, seed=2)
-    hold(q, k, *angles(data.draw(st.sampled_from([1, B])), T, E))
+    check(q, k, *angles(data.draw(st.sampled_from([1, B])), T, E))
 
 
 def test_the_reference_is_differentiable():
@@ -139,8 +111,7 @@ def test_the_reference_is_differentiable():
     assert torch.autograd.gradcheck(lambda q, k: rotary_reference(q, k, cos, sin), (q, k))
 
 
-def test_operators():
-    torch.use_deterministic_algorithms(False)  # torch's own checks compare memory their own way
+def test_operators(empty_is_anything):
     q, k, table = heads(2, 1, 2, 6, seed=1), heads(2, 1, 1, 6, seed=2), angles(1, 1, 6)
     leaves = [x.clone().requires_grad_() for x in (q, k)]
     torch.library.opcheck(torch.ops.solar.rotary.default, (*leaves, *table))
@@ -152,8 +123,7 @@ def test_operators():
     )
 
 
-def test_compiled_whole():
-    torch.use_deterministic_algorithms(False)
+def test_compiled_whole(empty_is_anything):
     cos, sin = angles(1, 3, 6)
 
     def scores(q, k):
