@@ -79,10 +79,11 @@ class Outcome(NamedTuple):
 # ------------------------------------------------------------------------------------------------ one step
 
 
-def training_step(model, optimizer, objective, micro_batches, lr: float, clip: float, stop: bool, world) -> Outcome:
+def training_step(model, optimizer, objective, micro_batches, lr: float, clip: float, stop, world) -> Outcome:
     """One update. Losses and gradients are summed over micro-batches and ranks, and divided once, by what was learned.
 
     All ranks decide alike whether to update, since they decide from the same sums: not if anything is infinite or NaN.
+    stop() says whether this rank was told to end.
     """
     total, count, sums = 0.0, 0, {}
     for batch in micro_batches:
@@ -93,7 +94,7 @@ def training_step(model, optimizer, objective, micro_batches, lr: float, clip: f
         sums = {name: sums.get(name, 0.0) + value.detach().double() for name, value in further.items()}
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     squares = optim.square_sum(gradients) / world.replicas
-    local = [total, count, squares, stop, *sums.values()]
+    local = [total, count, squares, stop(), *sums.values()]
     agreed = dist.sum_over_ranks(torch.stack([torch.as_tensor(x, device=world.device).double() for x in local]))
     total, count, squares, stop, *rest = agreed.tolist()
 
@@ -181,7 +182,12 @@ def train(options: Options, world: dist.World) -> None:
     record = {
         "step": 0,
         "tokens": 0,
-        "identity": {"stage": options.stage, "model": reader.fingerprint(), **batches.identity()},
+        "identity": {
+            "stage": options.stage,
+            "model": reader.fingerprint(),
+            "optimizer_dtype": options.optimizer_dtype,
+            **batches.identity(),
+        },
         "options": dataclasses.asdict(options),
     }
     snapshots = snapshot.Snapshots(
@@ -189,7 +195,7 @@ def train(options: Options, world: dist.World) -> None:
         options.on_save_error,
     )  # fmt: skip
     if found := find_checkpoint(options, snapshots, world):
-        record = resume(found, model, optimizer, record, say)
+        record = resume(found, model, optimizer, record, steps, say)
     if world.rank == 0:
         (out / "options.json").write_text(json.dumps(record["options"], indent=2) + "\n", encoding="utf-8")
     log = cli.MetricsLog(out / "metrics.jsonl", after_step=record["step"]) if world.rank == 0 else None
@@ -197,6 +203,8 @@ def train(options: Options, world: dist.World) -> None:
 
     def evaluate_after(step: int) -> None:
         losses = evaluate(model, batches, options, world)
+        if not losses:
+            say("held out: no documents, so nothing is evaluated")
         for source, (loss, count) in losses.items():
             say(f"held out {source}: loss {loss:.4f}, perplexity {perplexity(loss):.2f}, {count:,} tokens", flush=True)
         if log:
@@ -211,7 +219,7 @@ def train(options: Options, world: dist.World) -> None:
             lr = optim.learning_rate(
                 step - 1, steps, options.lr, options.warmup_steps, options.schedule, options.min_lr, options.decay
             )
-            outcome = training_step(model, optimizer, objective, micro_batches, lr, options.clip, stop.asked, world)
+            outcome = training_step(model, optimizer, objective, micro_batches, lr, options.clip, stop, world)
             skipped = 0 if outcome.finite else skipped + 1
             if skipped:
                 report_nonfinite(outcome, step, skipped, options, world, say)
@@ -220,7 +228,7 @@ def train(options: Options, world: dist.World) -> None:
             say(meter.line(entry), flush=True)
             if log:
                 log.write(entry)
-            if options.eval_every and (step % options.eval_every == 0 or step == steps):
+            if options.eval_every and (step % options.eval_every == 0 or step == steps) and not outcome.stop:
                 evaluate_after(step)
             if step % options.save_every == 0 or step == steps or outcome.stop:
                 snapshots.save(step, model, optimizer, record)
@@ -228,10 +236,14 @@ def train(options: Options, world: dist.World) -> None:
                 break
             meter.lap()
         snapshots.wait()
+    last = snapshots.written or found
+    if last is None or snapshot.read_manifest(last)["step"] != record["step"]:
+        raise OSError(
+            f"step {record['step']} could not be saved; the newest checkpoint is {last}: make room, start again"
+        )
     if record["step"] < steps:
         say(f"stopped after step {record['step']} of {steps}, which is saved; the same command goes on from there")
         sys.exit(128 + signal.SIGTERM)
-    last = out / "checkpoints" / f"step-{steps:08}"
     if world.rank == 0:
         snapshot.export(last, out / "model", dtype=reader.dtype, force=True)
     dist.wait_for_all(world)
@@ -240,9 +252,18 @@ def train(options: Options, world: dist.World) -> None:
 
 def check(options: Options, config: ModelConfig, world: dist.World) -> int:
     """How many steps the run has. ValueError for options that cannot be."""
-    for name in ("max_steps", "sequence_length", "batch_size", "save_every", "keep"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: at least 1 is needed")
+    at_least_1 = ("max_steps", "max_tokens", "sequence_length", "batch_size", "micro_batch_size", "save_every", "keep")
+    shares = ("min_lr", "decay", "holdout")
+    for names, sound, wanted in (
+        ((*at_least_1, "eval_sequences"), lambda value: value >= 1, "at least 1"),
+        (("warmup_steps", "eval_every", "weight_decay"), lambda value: 0 <= value < math.inf, "at least 0"),
+        (("lr", "clip"), lambda value: 0 < value < math.inf, "a number above 0"),
+        (shares, lambda value: 0 <= value <= 1, "a share between 0 and 1"),
+    ):
+        for name in names:
+            value = getattr(options, name)
+            if value is not None and not sound(value):
+                raise ValueError(f"--{name.replace('_', '-')} {value}: {wanted} is needed")
     if options.sequence_length < 2:
         raise ValueError("--sequence-length 1: a token is learned from those before it, so at least 2 are needed")
     if options.sequence_length > config.max_position_embeddings:
@@ -252,6 +273,13 @@ def check(options: Options, config: ModelConfig, world: dist.World) -> int:
         )
     if len(options.betas) != 2 or not all(0 <= beta < 1 for beta in options.betas):
         raise ValueError(f"--betas {' '.join(map(str, options.betas))}: two numbers are needed, at least 0 and below 1")
+    if options.batch_size % (micro_batch_size(options, world) * world.size):
+        asked = f"micro-batches of {options.micro_batch_size} on " if options.micro_batch_size else ""
+        raise ValueError(
+            f"--batch-size {options.batch_size} cannot be shared out in {asked}{world.size} ranks: it must be a "
+            f"multiple of {micro_batch_size(options, world) * world.size}"
+        )
+    cli.check_output(Path(options.out) / "model", force=True)  # now, and not when everything has been trained
     if options.cpu_offload and world.device.type == "cpu":
         raise ValueError("--cpu-offload: without a GPU everything is in the CPU's memory already; leave it out")
     if options.max_tokens is None:
@@ -270,22 +298,26 @@ def build(
     with torch.device("meta"):
         model = Transformer(reader.config).to(parse_dtype(options.param_dtype))
     trainable = choose_trainable(model, options.train, reader.path)
-    compute = options.dtype if options.dtype != "auto" else "bf16" if world.device.type == "cuda" else "fp32"
-    dist.shard(model, world, parse_dtype(compute), options.recompute, options.compile, options.cpu_offload)
+    compute = compute_dtype(options, world)
+    dist.shard(model, world, compute, options.recompute, options.compile, options.cpu_offload)
     dist.load_weights(model, reader, world)
     optimizer = optim.build_optimizer(
         model, options.weight_decay, tuple(options.betas), parse_dtype(options.optimizer_dtype),
-        seed=options.seed * world.size + world.rank,
+        seed=options.seed * world.shards + world.shard,
     )  # fmt: skip
     count = reader.config.num_parameters()
     say(f"model       {reader.path}: {reader.config.num_hidden_layers} layers, {count:,} parameters")
     say(f"training    {trainable:,} of them, {count - trainable:,} frozen (--train {options.train})")
     say(
-        f"memory      weights {options.param_dtype}, moments {options.optimizer_dtype}, computed in {compute} on "
-        f"{world.size} x {world.device.type}"
+        f"memory      weights {options.param_dtype}, moments {options.optimizer_dtype}, computed in {str(compute)[6:]} "
+        f"on {world.size} x {world.device.type}"
         + (f", {world.replicas} copies sharded {world.shards}-fold" if world.replicas > 1 else "")
     )
     return model, optimizer
+
+
+def compute_dtype(options: Options, world: dist.World) -> torch.dtype:
+    return parse_dtype(options.dtype if options.dtype != "auto" else "bf16" if world.device.type == "cuda" else "fp32")
 
 
 def choose_trainable(model: Transformer, choice: str, model_dir: Path) -> int:
@@ -316,16 +348,24 @@ def choose_trainable(model: Transformer, choice: str, model_dir: Path) -> int:
 
 def find_checkpoint(options: Options, snapshots: snapshot.Snapshots, world: dist.World) -> Path | None:
     """The checkpoint to go on from, verified: --resume, or else the newest good one of this run. All ranks agree."""
-    if options.resume is not None:
-        snapshot.verify(options.resume, world.control)
-        return Path(options.resume)
     found = snapshots.latest()
-    if found is not None and options.no_resume:
+    if found is None and (damaged := sorted(snapshots.root.glob("step-*"))):
+        raise ValueError(
+            f"{damaged[-1]} and all before it are damaged: look at the disk, then give another --out, or remove them"
+        )
+    restarted = world.restarts > 0  # by torchrun: what --out holds is this run's own
+    if found is not None and options.no_resume and not restarted:
         raise FileExistsError(f"{found} is there: --no-resume wants an --out without checkpoints, so give another")
-    return found
+    if options.resume is None:
+        return found
+    # A run that was stopped itself, after it had gone on from --resume, goes on from where it was.
+    if found is not None and snapshot.read_manifest(found)["record"]["options"]["resume"] == options.resume:
+        return found
+    snapshot.verify(options.resume, world.control)
+    return Path(options.resume)
 
 
-def resume(found: Path, model: Transformer, optimizer: torch.optim.Optimizer, record: dict, say) -> dict:
+def resume(found: Path, model: Transformer, optimizer: torch.optim.Optimizer, record: dict, steps: int, say) -> dict:
     """Fill model and optimizer from a checkpoint and return its record. ValueError if it belongs to another run."""
     saved = snapshot.read_manifest(found)["record"]
     for what, value in record["identity"].items():
@@ -334,6 +374,10 @@ def resume(found: Path, model: Transformer, optimizer: torch.optim.Optimizer, re
                 f"{found} was trained with {what} {saved['identity'].get(what)}, now it is {value}: "
                 "give what it was trained with, or another --out"
             )
+    if saved["step"] > steps:
+        raise ValueError(
+            f"{found} is after step {saved['step']}, the run ends with step {steps}: give more --max-steps"
+        )
     snapshot.load(found, model, optimizer, verified=True)
     say(f"resuming    {found}, after step {saved['step']}")
     for name, value in record["options"].items():
@@ -378,12 +422,18 @@ def perplexity(loss: float) -> float:
 
 
 class Interruption:
-    """Turns SIGTERM or Ctrl-C into a wish to stop after the step; a second one ends the process at once."""
+    """Whether to stop after the step: SIGTERM or Ctrl-C ask for it; a second one ends the process at once.
+
+    (At once when Python comes to it: not while a rank waits for another in a collective.)
+    """
 
     def __init__(self):
         self.asked = False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._ask)
+
+    def __call__(self) -> bool:
+        return self.asked
 
     def _ask(self, number: int, _frame) -> None:
         # torchrun passes on a Ctrl-C that the terminal has sent to its ranks already: that is still the first one.
@@ -406,8 +456,7 @@ class Meter:
         self.tokens = options.batch_size * options.sequence_length
         self.flops = self.tokens * config.training_flops(options.sequence_length)
         self.device, self.steps, self.first = world.device, steps, first
-        dtype = torch.bfloat16 if options.dtype == "bf16" or world.device.type == "cuda" else torch.float32
-        self.peak = world.size * matrix_rate(world.device, dtype)
+        self.peak = world.size * matrix_rate(world.device, compute_dtype(options, world))
         self.start = self.before = time.monotonic()
 
     def entry(self, step: int, lr: float, outcome: Outcome) -> dict:

@@ -5,7 +5,6 @@ installed, as a PNG; below them stands what each run scored on held-out text, be
 """
 
 import importlib.util
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,7 @@ def read_curve(run: Path) -> Curve:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; give what train.py had as --out")
     entries = cli.read_metrics(path)
-    taken = [entry for entry in entries if "loss" in entry and math.isfinite(entry["loss"])]
+    taken = [entry for entry in entries if isinstance(entry.get("loss"), float)]
     if not taken:
         raise ValueError(f"{path}: no step in it yet")
     heldout = [(entry["step"], entry["heldout"]) for entry in entries if entry.get("heldout")]

@@ -8,6 +8,7 @@ import fcntl
 import glob
 import hashlib
 import json
+import math
 import os
 import shlex
 import shutil
@@ -190,11 +191,28 @@ class MetricsLog:
             file.writelines(json.dumps(entry) + "\n" for entry in kept)
         os.chmod(file.name, 0o666 & ~_umask())
         os.replace(file.name, path)
-        self.path = path
+        self.path, self.failed = path, False
 
     def write(self, entry: dict) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        """Append an entry; a number that is infinite or NaN becomes null. A full disk is noted once and survived."""
+        sound = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in entry.items()
+        }
+        line = (json.dumps(sound) + "\n").encode()
+        try:
+            with open(self.path, "ab", buffering=0) as file:
+                end = file.tell()
+                try:
+                    if file.write(line) < len(line):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                except OSError:
+                    file.truncate(end)  # half a line would spoil the next one
+                    raise
+        except OSError as error:
+            if not self.failed:
+                print(f"note: {self.path}: {describe(error)}; metrics are missing from here on", file=sys.stderr)
+            self.failed = True
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -203,10 +221,14 @@ def read_metrics(path: Path) -> list[dict]:
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     for number, line in enumerate(lines, start=1):
         try:
-            entries.append(json.loads(line))
+            entry = json.loads(line)
         except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise ValueError(f"{path}, line {number}: {error}") from None
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}, line {number}: {error}") from None
+        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+            raise ValueError(f'{path}, line {number}: not an entry with a "step"')
+        entries.append(entry)
     return entries
 
 

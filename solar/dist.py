@@ -35,10 +35,16 @@ class World:
     mesh: DeviceMesh
     control: dist.ProcessGroup  # gloo, for Python objects
     background: dist.ProcessGroup  # gloo, for a thread that runs beside the training step
+    restarts: int = 0  # how often torchrun has started the ranks again
 
     @property
     def shards(self) -> int:
         return self.mesh["shard"].size()
+
+    @property
+    def shard(self) -> int:
+        """Which of the shards this rank holds; in replicas several ranks hold the same."""
+        return self.mesh.get_local_rank("shard")
 
     @property
     def replicas(self) -> int:
@@ -53,6 +59,7 @@ def setup(device: str = "auto", sharding: str = "full") -> World:
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if kind not in ("cpu", "cuda"):
         raise ValueError(f"--device {device}: training runs on auto, cpu or cuda; torchrun deals the GPUs to the ranks")
@@ -69,7 +76,7 @@ def setup(device: str = "auto", sharding: str = "full") -> World:
     if "RANK" in os.environ:
         # torchrun keeps its store when it restarts ranks, which would find their predecessors' addresses in it.
         store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
-        store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        store = dist.PrefixStore(f"attempt-{restarts}", store)
     else:
         store = dist.HashStore()
     dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=rank, world_size=size)
@@ -79,7 +86,7 @@ def setup(device: str = "auto", sharding: str = "full") -> World:
         mesh = init_device_mesh(kind, (size,), mesh_dim_names=("shard",))
     here = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
     control, background = (dist.new_group(backend="gloo", timeout=TIMEOUT) for _ in range(2))
-    return World(rank, size, here, mesh, control, background)
+    return World(rank, size, here, mesh, control, background, restarts)
 
 
 def close() -> None:
@@ -181,7 +188,7 @@ def load_weights(model: Transformer, reader: CheckpointReader, world: World) -> 
 
 def rows_of(rows: int, world: World) -> tuple[int, int]:
     """The rows start..stop-1 of a tensor that this rank holds: FSDP cuts as torch.chunk does, the last may be short."""
-    share, index = -(-rows // world.shards), world.mesh.get_local_rank("shard")
+    share, index = -(-rows // world.shards), world.shard
     return min(index * share, rows), min((index + 1) * share, rows)
 
 

@@ -1,9 +1,9 @@
 """AdamW (arXiv:1711.05101): which parameters decay, how the learning rate moves, and moments or weights in 16 bits.
 
 Memory a parameter, with its gradient: 16 bytes with all of it in fp32; 12 with both moments in bf16; 8 with weights
-and gradients in bf16 as well. What is stored in bf16 is computed in fp32 and rounded stochastically: an update smaller
-than half a bf16 step (a relative 2^-9) would otherwise be lost every time instead of most times, and a second moment
-that forgets 5% a step would be stuck where it is.
+and gradients in bf16 as well. Weights and moments in bf16 are computed in fp32 and rounded stochastically: an update
+smaller than half a bf16 step (a relative 2^-9) would otherwise be lost every time instead of most times, and a second
+moment that forgets 5% a step would be stuck where it is. (A gradient in bf16 is rounded to nearest.)
 """
 
 import math
@@ -52,7 +52,7 @@ def build_optimizer(
     seed: int = 0,
 ) -> torch.optim.Optimizer:
     """torch's fused AdamW where everything is fp32, `AdamW16` where weights or moments are bf16. The learning rate of
-    each step is set by the caller. `seed`, of the rounding, must differ from rank to rank."""
+    each step is set by the caller. `seed`, of the rounding, must differ from shard to shard and be equal on copies."""
     groups = parameter_groups(model, weight_decay)
     stored = {parameter.dtype for group in groups for parameter in group["params"]} | {state_dtype}
     if stored == {torch.float32}:

@@ -93,6 +93,7 @@ class Snapshots:
         self._copies: dict[str, Tensor] = {}  # of this rank's part of the state, in the CPU's memory
         self._writer: threading.Thread | None = None
         self._failure: Exception | None = None
+        self.written: Path | None = None  # the last checkpoint that this run has written, once it stands
         _agree(group, "starting on checkpoints", lambda: self._start(companions) if rank == 0 else None)
 
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, record: dict[str, Any]) -> None:
@@ -155,6 +156,7 @@ class Snapshots:
     def _write_and_note_failure(self, step: int, state: dict[str, Tensor], content: dict[str, Any]) -> None:
         try:
             self._write(step, state, content)
+            self.written = self.root / f"step-{step:08}"
         except Exception as error:
             self._failure = error  # for `wait`
 

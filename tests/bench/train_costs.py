@@ -59,7 +59,7 @@ def step_of(config: ModelConfig, world: dist.World, batch: int, length: int):
     model, optimizer = build(config, world)
     ids = torch.randint(0, config.vocab_size, (batch, length))
     micro_batches = [{"input_ids": ids, "labels": ids}]
-    take = lambda: train.training_step(model, optimizer, train.lm_objective, micro_batches, 3e-4, 1.0, False, world)
+    take = lambda: train.training_step(model, optimizer, train.lm_objective, micro_batches, 3e-4, 1.0, bool, world)
     return model, optimizer, take
 
 

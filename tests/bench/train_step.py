@@ -75,7 +75,7 @@ def ours(shape: str, dtype: str, compiled: bool, run=serve) -> None:
     rows = BATCH // world.size
     ids = torch.randint(0, V, (rows, LENGTH))
     micro_batches = [{"input_ids": ids, "labels": ids}]
-    run(lambda: train.training_step(model, optimizer, train.lm_objective, micro_batches, 3e-4, 1.0, False, world))
+    run(lambda: train.training_step(model, optimizer, train.lm_objective, micro_batches, 3e-4, 1.0, bool, world))
 
 
 def beside_two_ranks(shape: str, dtype: str, steps: int, turns: int) -> str:

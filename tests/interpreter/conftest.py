@@ -1,7 +1,18 @@
-"""Nothing in Triton's interpreter may return memory that no kernel has written."""
+"""What every test in Triton's interpreter needs: a numpy that it works with, and no memory that only looks written."""
 
+import numpy as np
 import pytest
 import torch
+import triton
+
+
+def pytest_configure():
+    version = lambda text: tuple(int(part) for part in text.split(".")[:2])
+    if version(triton.__version__) < (3, 7) and version(np.__version__) >= (2, 4):
+        raise pytest.UsageError(
+            f"the interpreter of triton {triton.__version__} does not work with numpy {np.__version__}: run  "
+            'pip install "numpy<2.4"  or take triton 3.7'
+        )
 
 
 @pytest.fixture(autouse=True)
