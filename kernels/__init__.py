@@ -19,6 +19,7 @@ from torch import Tensor
 from kernels import launch
 from kernels.attention import attention_reference, attention_torch, attention_triton, check_attention
 from kernels.decode import decode_attention_triton, is_decode
+from kernels.linear import linear_reference, linear_torch
 from kernels.logprobs import label_logprobs_reference, label_logprobs_torch, label_logprobs_triton
 from kernels.rmsnorm import (
     add_rmsnorm_reference,
@@ -41,6 +42,7 @@ def _attention_triton(q: Tensor, k: Tensor, v: Tensor, *mask) -> Tensor:
 
 # Which forms each operation has. The first one of the order of preference that exists is taken.
 _FORMS: dict[str, dict[str, Callable]] = {
+    "linear": {"triton": linear_torch, "torch": linear_torch, "reference": linear_reference},  # a library's everywhere
     "rmsnorm": {"triton": rmsnorm_triton, "torch": rmsnorm_torch, "reference": rmsnorm_reference},
     "add_rmsnorm": {"triton": add_rmsnorm_triton, "torch": add_rmsnorm_torch, "reference": add_rmsnorm_reference},
     "rotary": {"triton": rotary_triton, "torch": rotary_torch, "reference": rotary_reference},
@@ -88,6 +90,11 @@ def _form(name: str, x: Tensor) -> Callable:
 @functools.cache
 def _say_once(line: str) -> None:
     print(line, file=sys.stderr)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """(..., D), (O, D), (O,) -> (..., O): see kernels/linear.py."""
+    return _form("linear", x)(x, weight, bias)
 
 
 def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

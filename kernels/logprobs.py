@@ -37,6 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.launch import DTYPES, CompileCase, Config, architecture, tl, triton, why_not
+from kernels.linear import linear_torch
 
 IGNORED = -100
 CHUNK = 1024  # tokens; the logits of one chunk are all that is held
@@ -71,7 +72,7 @@ class _ChunkedLabelLogprobs(torch.autograd.Function):
         dw = torch.zeros_like(weight, dtype=_wide(weight)) if want_dw else None
         for at in range(0, len(x), CHUNK):
             xs, ls = x[at : at + CHUNK], labels[at : at + CHUNK]
-            logprobs = F.linear(xs, weight).log_softmax(dim=-1, dtype=_wide(weight))
+            logprobs = linear_torch(xs, weight).log_softmax(dim=-1, dtype=_wide(weight))
             y[at : at + CHUNK] = -F.nll_loss(logprobs, ls, ignore_index=IGNORED, reduction="none")
             if want_dx or want_dw:
                 _add_gradients(logprobs.exp_(), None, xs, weight, ls, None if dx is None else dx[at : at + CHUNK], dw)
@@ -91,7 +92,7 @@ class _ChunkedLabelLogprobs(torch.autograd.Function):
                 dw = torch.zeros_like(dw)
                 for at in range(0, len(x), CHUNK):
                     xs, ls = x[at : at + CHUNK], labels[at : at + CHUNK]
-                    p = F.linear(xs, weight).softmax(dim=-1, dtype=_wide(weight))
+                    p = linear_torch(xs, weight).softmax(dim=-1, dtype=_wide(weight))
                     _add_gradients(p, -dy[at : at + CHUNK], xs, weight, ls, None, dw)
             dw = dw.to(weight.dtype)
         return dx, dw, None
@@ -108,7 +109,10 @@ def _add_gradients(p: Tensor, scale: Tensor | None, x: Tensor, weight: Tensor, l
     if dx is not None:
         torch.matmul(dlogits, weight, out=dx)
     if dw is not None:
-        dw += dlogits.T @ x
+        if dw.dtype == x.dtype:
+            dw.addmm_(dlogits.T, x)
+        else:  # a 16-bit product is quicker than one of fp32 copies, and rounded once a chunk
+            dw += dlogits.T @ x
 
 
 def _wide(t: Tensor) -> torch.dtype:

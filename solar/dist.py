@@ -152,6 +152,7 @@ KEPT = {
     "aten::mm",
     "aten::addmm",
     "aten::bmm",
+    "mkldnn::_linear_pointwise",
     "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::_scaled_dot_product_efficient_attention",

@@ -126,6 +126,9 @@ class Linear(nn.Linear):
     def reset_parameters(self) -> None:
         """Nothing: weights come from a checkpoint or `init_weights`, and torch's default costs more than loading."""
 
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.linear(x, self.weight, self.bias)
+
 
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
@@ -249,7 +252,7 @@ class Transformer(nn.Module):
 
         head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
         if labels is None:
-            return nn.functional.linear(x, head.weight)
+            return kernels.linear(x, head.weight)
         labels = labels[:, 1:]
         if document_ids is not None:
             labels = labels.masked_fill(document_ids[:, 1:] != document_ids[:, :-1], -100)

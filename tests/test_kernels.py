@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 import kernels
 from kernels import launch, logprobs
 from kernels.attention import attention_reference, attention_torch
+from kernels.linear import linear_reference, linear_torch
 from kernels.logprobs import CHUNK, label_logprobs_reference, label_logprobs_torch
 from kernels.rmsnorm import add_rmsnorm_reference, add_rmsnorm_torch, rmsnorm_reference, rmsnorm_torch
 from kernels.rotary import rotary_reference
@@ -62,6 +63,14 @@ def assert_not_farther(times: float, got: torch.Tensor, reference: torch.Tensor,
 
 # Name -> (specification, torch's form, inputs of a dtype): what every operation is put through alike.
 OPERATIONS = {
+    "linear": (
+        linear_reference,
+        linear_torch,
+        lambda dtype: (
+            [randn(3, 31, 193, seed=1, dtype=dtype)]
+            + [randn(*shape, seed=len(shape), dtype=dtype) for shape in ((2, 193), (2,))]
+        ),
+    ),
     "rmsnorm": (
         lambda x, w: rmsnorm_reference(x, w, EPS),
         lambda x, w: rmsnorm_torch(x, w, EPS),
@@ -145,6 +154,29 @@ def test_gradients_are_those_of_finite_differences(name):
             small = [*small[:2], torch.tensor([1, -100])]
         small = [x.clone().requires_grad_(x.is_floating_point()) for x in small]
         assert torch.autograd.gradcheck(function, small)
+
+
+# ------------------------------------------------------------ projections
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize("frozen", ["none", "x", "weight", "bias"])
+def test_a_projection_asks_for_no_gradient_that_nobody_wants(monkeypatch, onednn, frozen):
+    module = sys.modules["kernels.linear"]  # the name in the package is the operation's
+    if onednn and not module._has_onednn():
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(module, "_has_onednn", lambda: onednn)
+    tensors = {"x": randn(4, 7, 33), "weight": randn(5, 33, seed=1), "bias": randn(5, seed=2)}
+    tensors = {name: t.float().requires_grad_(name != frozen) for name, t in tensors.items()}
+    strided = {name: t.detach().double().requires_grad_(name != frozen) for name, t in tensors.items()}
+    for inputs in (tensors, strided):
+        y = linear_torch(inputs["x"].transpose(0, 1), inputs["weight"], inputs["bias"])
+        y.backward(weighting(y))
+    for name, tensor in tensors.items():
+        if name == frozen:
+            assert tensor.grad is None
+        else:
+            torch.testing.assert_close(tensor.grad, strided[name].grad.float(), **NEAR[torch.float32])
 
 
 # ------------------------------------------------------------ norms, activation, rotation
@@ -481,6 +513,7 @@ def test_a_weight_gradient_of_many_chunks_keeps_its_small_terms(monkeypatch):
 # ------------------------------------------------------------ the switch
 
 CALLS = {
+    "linear": lambda x: kernels.linear(x, x),
     "rmsnorm": lambda x: kernels.rmsnorm(x, x[0], EPS),
     "add_rmsnorm": lambda x: kernels.add_rmsnorm(x, x, x[0], EPS),
     "rotary": lambda x: kernels.rotary(x[None, None], x[None, None], x[None, :, :2], x[None, :, :2]),

@@ -4,6 +4,9 @@ Both train the same random Llama on the same random tokens with fused AdamW and 
 take turns, a few steps each, so that a busy machine slows both; the figure is the median over the turns of tokens/s,
 and the ratio that of the turns. Peak memory is the resident set of each process (`VmHWM`).
 
+On a machine that others use, OMP_NUM_THREADS=1 and --cpu-seconds compare what each process was given of a core instead
+of the time that passed.
+
 Without --peer it only measures ours. --ranks puts two ranks with one thread each beside one rank with two; these are
 started anew for each turn.
 """
@@ -31,12 +34,12 @@ def memory() -> int:
 
 
 def serve(step) -> None:
-    """Take `N` on stdin, run that many steps, answer with seconds and peak memory; until stdin ends."""
+    """Take `N` on stdin, run that many steps, answer with seconds, CPU seconds and peak memory; until stdin ends."""
     for line in sys.stdin:
-        start = time.perf_counter()
+        start = time.perf_counter(), time.process_time()
         for _ in range(int(line)):
             step()
-        print(json.dumps([time.perf_counter() - start, memory()]), flush=True)
+        print(json.dumps([time.perf_counter() - start[0], time.process_time() - start[1], memory()]), flush=True)
 
 
 def count_out(steps: int, step) -> None:
@@ -127,7 +130,7 @@ class Worker:
             command + ["--compile"] * compiled, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
-    def run(self, steps: int) -> tuple[float, int]:
+    def run(self, steps: int) -> tuple[float, float, int]:
         self.process.stdin.write(f"{steps}\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
@@ -143,6 +146,7 @@ def main() -> None:
     parser.add_argument("--shape", nargs="+", default=["7.7M"], choices=SHAPES)
     parser.add_argument("--dtype", nargs="+", default=["fp32"], choices=["fp32", "bf16"])
     parser.add_argument("--compile", action="store_true", help="the peer's compiled form instead of its eager one")
+    parser.add_argument("--cpu-seconds", action="store_true", help="compare CPU time, not the time that passed")
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--steps", type=int, default=4, help="in a turn")
     parser.add_argument("--ranks", action="store_true", help="two ranks beside one, and no peer")
@@ -160,7 +164,7 @@ def main() -> None:
         for shape in options.shape:
             print(beside_two_ranks(shape, options.dtype[0], options.steps, options.turns), flush=True)
         return
-    tokens = options.steps * BATCH * LENGTH
+    tokens, clock = options.steps * BATCH * LENGTH, int(options.cpu_seconds)
     for shape in options.shape:
         for dtype in options.dtype:
             workers = {"ours": Worker([sys.executable], "ours", shape, dtype, False)}
@@ -174,10 +178,10 @@ def main() -> None:
                 worker.close()
             line = f"{shape} {dtype}, batch {BATCH} x {LENGTH}:"
             for name in workers:
-                rate = statistics.median(tokens / turn[name][0] for turn in turns)
-                line += f"  {name} {rate:,.0f} tokens/s, {max(turn[name][1] for turn in turns) / 1e6:,.0f} MB"
+                rate = statistics.median(tokens / turn[name][clock] for turn in turns)
+                line += f"  {name} {rate:,.0f} tokens/s, {max(turn[name][2] for turn in turns) / 1e6:,.0f} MB"
             if options.peer:
-                ratio = statistics.median(turn["theirs"][0] / turn["ours"][0] for turn in turns)
+                ratio = statistics.median(turn["theirs"][clock] / turn["ours"][clock] for turn in turns)
                 line += f"  ratio {ratio:.2f}" + " (theirs compiled)" * options.compile
             print(line, flush=True)
 
