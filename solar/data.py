@@ -24,8 +24,9 @@ from solar import cli
 from solar.corpus import Corpus, Source
 from solar.losses import IGNORED
 from solar.permutation import permutation
-from solar.shards import SPLITS, Tokens, is_prepared, tokenise
+from solar.shards import tokenise
 from solar.tokenizer import Tokenizer
+from solar.tokens import SPLITS, Tokens, is_prepared
 
 # ------------------------------------------------------------------------------------------------ order
 
@@ -90,7 +91,7 @@ class TokenBatches:
                     f"{source.path} has {len(tokens)} tokens to train on, fewer than a sequence of {sequence_length}: "
                     "give more text, or a lower --sequence-length"
                 )
-        self._pattern = interleave([source.weight for source in sources])
+        self._pattern = interleave([source.share for source in sources])
         self._slots = np.bincount(self._pattern)
         drawn = np.cumsum(self._pattern[:, None] == np.arange(len(sources)), axis=0)  # of each source, by each draw
         self._before = drawn[np.arange(PERIOD), self._pattern] - 1  # of the draw's own source, earlier in the period
@@ -98,7 +99,7 @@ class TokenBatches:
     def identity(self) -> dict:
         """What must not change when a run goes on, for its steps to see the samples that they would have seen."""
         data = [
-            f"{Path(source.path).name} {tokens.manifest.content()} x {source.weight:g}"
+            f"{Path(source.path).name} {tokens.manifest.content()} x {source.share:g}"
             for source, tokens in zip(self.sources, self.train, strict=True)
         ]
         return {

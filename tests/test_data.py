@@ -18,7 +18,7 @@ from solar import data
 from solar.corpus import Source
 from solar.data import TokenBatches
 from solar.permutation import permutation
-from solar.shards import Manifest
+from solar.tokens import Manifest
 from tests.byte_tokenizer import BOS
 
 ROOT = Path(__file__).resolve().parent.parent

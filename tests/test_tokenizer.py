@@ -442,7 +442,7 @@ def test_answers_are_flagged():
         for name, template in TEMPLATES.items()
         if name != "alpaca"
     }
-    assert answers == {"solar": ["A1", "A2"], "chatml": ["A1", END, "A2", END], "plain": ["A1", "A2"]}
+    assert answers == {"solar": ["A1", "A2"], "chatml": ["A1", END, "A2", END], "plain": ["\n\n", "A1", "\n\n", "A2"]}
     assert [s.text for s in TEMPLATES["alpaca"](chat("q", "A1")) if s.answer] == ["A1"]
 
 
