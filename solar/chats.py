@@ -42,7 +42,7 @@ class Chat(NamedTuple):
     def conversation(self, answer: int, template: str) -> list[dict] | dict:
         """What `encode_chat` takes, with one of the answers. Alpaca's template has a place of its own for the context;
         in others it stands behind the instruction, after a blank line."""
-        if self.context and template == "alpaca":
+        if self.context and template == "alpaca" and len(self.messages) == 1:
             return {"instruction": self.messages[-1][1], "input": self.context, "output": self.answers[answer]}
         turns = [*self.messages[:-1], ("user", self._question(-1)), ("assistant", self.answers[answer])]
         return [{"role": role, "content": content} for role, content in turns]

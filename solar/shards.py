@@ -145,8 +145,7 @@ def write(
         train, held_out = writers
         if not train.documents + held_out.documents:
             train.tally.merge(held_out.tally)
-            told = "; ".join(f"{count} {reason} (first: {place})" for reason, (count, place) in train.tally.items())
-            raise ValueError(f"{name}: {corpus.nothing}{told and f': {told}'}")
+            raise ValueError("; ".join([f"{name}: {corpus.nothing}", *train.tally.lines()]))
         if holdout and not held_out.documents:
             warnings.warn(
                 f"{name}: none of its {train.documents // encoder.width} documents fell to the held-out side: nothing "

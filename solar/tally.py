@@ -23,3 +23,7 @@ class Tally(dict[str, tuple[int, str]]):
 
     def total(self) -> int:
         return sum(count for count, _ in self.values())
+
+    def lines(self) -> list[str]:
+        """A line for each reason: what, how often, where first."""
+        return [f"{reason}: {count:,} (first: {place})" for reason, (count, place) in self.items()]

@@ -183,6 +183,10 @@ class Tokenizer:
         """The id of a piece as the vocabulary writes it ("▁the", "<s>"), or None."""
         return self._ids.get(piece)
 
+    def piece(self, token_id: int) -> str:
+        """The piece of an id, as the vocabulary writes it; "" for a hole in the vocabulary."""
+        return next((piece for piece, i in self._ids.items() if i == token_id), "")
+
 
 class StreamDecoder:
     """Text as it is generated: O(1) per id, never half a character, the leading space exactly where `decode` has it.
@@ -315,14 +319,14 @@ def encode_chat(tokenizer: Tokenizer, name: str, messages, last_only: bool = Fal
 
     messages: as `render` takes them, the last one the assistant's, or for alpaca {"instruction", "input", "output"}.
     Learned are the ids that hold any of an assistant message's text, one that also holds text around it included, and
-    what ends an answer: chatml's <|im_end|> of every answer; in the other templates EOS, behind the last answer alone,
-    since they have nothing behind an earlier one. Nothing is encoded that comes after the end.
+    what ends an answer: chatml's <|im_end|>; in the other templates, which have nothing behind an earlier answer, EOS
+    behind the last one. Nothing is encoded that comes after the end.
     last_only: earlier answers are part of the prompt and not learned.
     Raises ValueError for malformed messages, and if the vocabulary lacks a control token that the template needs.
     """
     prompt, last = _prompt(name, messages), []
-    if isinstance(messages, dict):
-        last = [Segment(messages["output"], answer=True)] if isinstance(messages.get("output"), str) else []
+    if isinstance(messages, dict) and isinstance(messages.get("output"), str):
+        last = [Segment(messages["output"], answer=True)]
     if not last and (isinstance(messages, (str, dict)) or messages[-1]["role"] != "assistant"):
         raise ValueError("a conversation to learn from ends with an answer")
     segments = TEMPLATES[name](messages) + last
@@ -330,11 +334,8 @@ def encode_chat(tokenizer: Tokenizer, name: str, messages, last_only: bool = Fal
         segments[: len(prompt)] = [segment._replace(answer=False) for segment in prompt]
     while not segments[-1].answer:
         segments.pop()
-    for segment in segments:
-        if segment.special and tokenizer.token_id(segment.text) is None:
-            raise ValueError(
-                f"{tokenizer.path} has no token {segment.text}, which the template {name} needs: take another template"
-            )
+    if missing := [s.text for s in segments if s.special and tokenizer.token_id(s.text) is None]:
+        raise ValueError(f"{tokenizer.path} has no token {missing[0]}: take another template than {name}")
     ids, learned = _encode(tokenizer, segments)
     if not segments[-1].special:
         if tokenizer.eos_id is None:

@@ -179,7 +179,7 @@ class Tokens:
     format, per_id = FORMAT, 1  # per_id: how many different numbers are written for one id
 
     def __init__(self, directory: Path, split: str, vocab_size: int):
-        self.directory, self.vocab_size = directory, vocab_size
+        self.directory, self.split, self.vocab_size = directory, split, vocab_size
         self.manifest = manifest = Manifest(directory, self.format)
         _, self._length, highest = manifest.splits[split]
         if highest >= vocab_size * self.per_id:
