@@ -158,7 +158,7 @@ class ChatBatches(Batches):
         lines = []
         for k, source in enumerate(self.sources):
             train, held_out = (self.examples[split][k] for split in SPLITS)
-            tally = Tally(train.tally())
+            tally = train.tally()
             learned, _ = tally.pop(LEARNED, (0, ""))
             lines.append(
                 f"{source.path}: {len(train):,} {self.unit} to train on, {len(held_out):,} held out; "
