@@ -24,7 +24,6 @@ from solar.data import Batches, check_sources
 from solar.examples import LEARNED, Chats, Example, Pairs
 from solar.losses import IGNORED
 from solar.packing import pack
-from solar.tally import Tally
 from solar.tokenizer import StreamDecoder, Tokenizer
 from solar.tokens import SPLITS
 
