@@ -22,11 +22,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from solar import cli, problems
 from solar.permutation import permutation
+from solar.tally import Tally
 
 BUILT_IN = ("stdlib", "problems")
 PROBLEMS = 100_000  # documents of the corpus `problems`: about 7 million tokens in a vocabulary of 2,048
@@ -38,18 +40,25 @@ LONGEST_LINE_BYTES = 64 << 20  # of a jsonl file: what is longer is some other k
 BLANK_LINES = re.compile(rb"\n(?:[ \t]*\r?\n)+")
 BOM = b"\xef\xbb\xbf"
 
+Row, T = TypeVar("Row"), TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Source:
     """Where documents come from: a text file, a .jsonl file, a directory of them, one that this module wrote, or the
     built-in corpora "stdlib" and "problems" (files of those names are ./stdlib and ./problems).
 
-    weight: its share of the sequences, relative to the other sources' weights. limit: how many documents at most.
+    weight: its share of the sequences, relative to the other sources' weights; None if none was given, which counts as
+    1 where documents are drawn by weight. limit: how many documents at most.
     """
 
     path: str
-    weight: float = 1.0
+    weight: float | None = None
     limit: int | None = None
+
+    @property
+    def share(self) -> float:
+        return 1.0 if self.weight is None else self.weight
 
 
 def parse_source(text: str) -> Source:
@@ -68,7 +77,7 @@ def parse_source(text: str) -> Source:
         raise ValueError(f"{text!r}: the weight {weight} must be above 0 and finite; leave a source out to not use it")
     if limit is not None and not (limit.isdecimal() and int(limit) > 0):
         raise ValueError(f"{text!r}: the limit {limit} must be a whole number of documents, at least 1")
-    return Source(path, float(weight or 1), int(limit) if limit else None)
+    return Source(path, None if weight is None else float(weight), int(limit) if limit else None)
 
 
 def _is_number(text: str) -> bool:
@@ -118,17 +127,21 @@ class Corpus:
 
     `description` says what they are, as JSON: files with their sizes and hashes. `size` is what will be read, in bytes.
     `skipped` counts the jsonl lines left out per file, once `documents` has run.
+    A subclass may read other files: it says which (`_files`), what stands in one (`_from_file`), and by what a document
+    is held out (`_key`).
     """
+
+    nothing = "no text in it, so there is nothing to learn from"
 
     def __init__(self, sources: Sequence[Source], skip_bad_lines: bool = False):
         self.sources, self.skip_bad_lines = sources, skip_bad_lines
-        self.skipped: dict[Path, int] = {}
+        self.skipped: dict[Path, Tally] = {}
         self.size = 0
         self._paths: list[list[Path]] = []  # of each source
         self.description = [self._describe(source) for source in sources]
 
     def _describe(self, source: Source) -> dict:
-        directory, paths = _source_files(source)
+        directory, paths = self._files(source)
         self._paths.append(paths)
         files = [
             {
@@ -145,6 +158,9 @@ class Corpus:
         self.size += sum(file["bytes"] for file in files)
         corpus = {"corpus": "stdlib"} if source.path == "stdlib" else {}
         return corpus | {"limit": source.limit, "files": files}
+
+    def _files(self, source: Source) -> tuple[Path, list[Path]]:
+        return _source_files(source)
 
     def documents(self, holdout: float, advance: Callable[[int], None]) -> Iterator[tuple[bytes, bool]]:
         """(UTF-8 text, whether it is held out) of every document; `advance` is told how many bytes have been read.
@@ -165,36 +181,54 @@ class Corpus:
                 taken[permutation(np.arange(min(source.limit, count)), count, "limit")] = True
                 found = compress(found, taken)
             for document in found:
-                yield document, _is_held_out(document, holdout)
+                yield document, _is_held_out(self._key(document), holdout)
 
     def _documents(
         self, source: Source, files: list[tuple[Path, str]], advance: Callable[[int], None]
     ) -> Iterator[bytes]:
         """The documents of one source that hold more than white space."""
         for path, sha256 in files:
-            if source.path == "stdlib":
-                documents = [b"".join(_read(path, sha256, advance)).decode(errors="ignore").encode()]
-            elif path.suffix == ".jsonl":
-                documents = self._from_jsonl(path, _read(path, sha256, advance, lines=True))
-            else:
-                documents = _from_text(path, _read(path, sha256, advance))
+            documents = self._from_file(source, path, sha256, advance)
             yield from (document for document in documents if document.strip())
 
-    def _from_jsonl(self, path: Path, lines: Iterable[bytes]) -> Iterator[bytes]:
-        self.skipped[path] = 0
-        for number, line in enumerate(lines, start=1):
-            if len(line) > LONGEST_LINE_BYTES:
-                raise ValueError(f"{path}, line {number}: longer than {LONGEST_LINE_BYTES >> 20} MB; no jsonl file")
+    def _key(self, document: bytes) -> bytes:
+        return document
+
+    def _from_file(self, source: Source, path: Path, sha256: str, advance: Callable[[int], None]) -> Iterator[bytes]:
+        if source.path == "stdlib":
+            yield b"".join(read(path, sha256, advance)).decode(errors="ignore").encode()
+        elif path.suffix == ".jsonl":
+            lines = numbered_lines(path, read(path, sha256, advance, lines=True))
+            yield from (text for _, text in self._parsed(path, lines, _json_text))
+        else:
+            yield from _from_text(path, read(path, sha256, advance))
+
+    def _parsed(
+        self, path: Path, rows: Iterable[tuple[str, Row]], parse: Callable[[Row], T]
+    ) -> Iterator[tuple[str, T]]:
+        """(place, what `parse` makes of the row) of each (place, row); what it refuses stops, or is counted."""
+        skipped = self.skipped[path] = Tally()
+        for place, row in rows:
             try:
-                if line.strip():
-                    yield _json_text(line)
+                parsed = parse(row)
             except ValueError as error:
                 if not self.skip_bad_lines:
-                    raise ValueError(f"{path}, line {number}: {error}; --skip-bad-lines leaves it out") from None
-                self.skipped[path] += 1
+                    raise ValueError(f"{path}, {place}: {error}; --skip-bad-lines leaves it out") from None
+                skipped.add(str(error), place)
+            else:
+                yield place, parsed
 
 
-def _read(path: Path, sha256: str, advance: Callable[[int], None], lines: bool = False) -> Iterator[bytes]:
+def numbered_lines(path: Path, lines: Iterable[bytes]) -> Iterator[tuple[str, bytes]]:
+    """("line 1", line), ... of a jsonl file, without those that are blank."""
+    for number, line in enumerate(lines, start=1):
+        if len(line) > LONGEST_LINE_BYTES:
+            raise ValueError(f"{path}, line {number}: longer than {LONGEST_LINE_BYTES >> 20} MB; no jsonl file")
+        if line.strip():
+            yield f"line {number}", line
+
+
+def read(path: Path, sha256: str, advance: Callable[[int], None], lines: bool = False) -> Iterator[bytes]:
     """A file in pieces or lines, without the mark that some editors put first. ValueError if it is not what was hashed:
     tokens of a file that is still being written would be kept under the name of what it was before."""
     digest = hashlib.sha256()
@@ -256,11 +290,16 @@ def _document_end(text: bytes) -> int:
     return end
 
 
-def _json_text(line: bytes) -> bytes:
+def json_row(line: bytes):
+    """What a line of JSON says. Raises ValueError for what is none."""
     try:
-        row = json.loads(line.decode())
+        return json.loads(line.decode())
     except (ValueError, RecursionError):
         raise ValueError("no JSON") from None
+
+
+def _json_text(line: bytes) -> bytes:
+    row = json_row(line)
     if not isinstance(row, dict):
         raise ValueError("JSON, but no object")
     if not isinstance(row.get("text"), str):

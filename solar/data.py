@@ -24,8 +24,9 @@ from solar import cli
 from solar.corpus import Corpus, Source
 from solar.losses import IGNORED
 from solar.permutation import permutation
-from solar.shards import SPLITS, Tokens, is_prepared, tokenise
+from solar.shards import tokenise
 from solar.tokenizer import Tokenizer
+from solar.tokens import SPLITS, Tokens, is_prepared
 
 # ------------------------------------------------------------------------------------------------ order
 
@@ -53,105 +54,59 @@ def interleave(weights: Sequence[float]) -> np.ndarray:
     return source[np.lexsort((source, (nth + 0.5) / slots[source]))]
 
 
-class TokenBatches:
-    """What every step of a pretraining run learns from, as a function of the step.
+class Batches:
+    """What every step of a run learns from, as a function of the step: rows that are drawn from sources.
 
-    A source's stream is cut into windows of T tokens that overlap by one. Labels stand at their inputs' places, and the
-    first token of a window has nothing before it to be learned from; it is the last of the window before, where it was
-    learned. So an epoch learns each token once, but the first of the stream and the last ones, fewer than T - 1, that
-    fill no window.
-
-    sources, directories: what `parse_source` and `prepare` gave. Raises ValueError for a source given twice, or without
-    a window.
+    A subclass says what a row is (`_row`, `_held_out`), and makes tensors of rows (`_batch`).
+    names, sizes, shares: of each source, how many rows it has, and its share of the rows that are drawn.
     """
 
-    def __init__(
-        self,
-        sources: Sequence[Source],
-        directories: Sequence[Path],
-        vocab_size: int,
-        sequence_length: int,
-        batch_size: int,
-        seed: int,
-        document_mask: bool = False,
-    ):
-        names = [source.path for source in sources]
-        if twice := {name for name in names if names.count(name) > 1}:
-            raise ValueError(f"{min(twice)} is given twice; give it once, with the sum of the weights")
-        self.sources, self.sequence_length, self.batch_size = sources, sequence_length, batch_size
-        self.seed, self.document_mask = seed, document_mask
-        self.train, self.held_out = (
-            [Tokens(directory, split, vocab_size) for directory in directories] for split in SPLITS
-        )
-        self.windows = [(len(tokens) - 1) // (sequence_length - 1) for tokens in self.train]
-        for source, tokens, windows in zip(sources, self.train, self.windows, strict=True):
-            if windows < 1:
-                raise ValueError(
-                    f"{source.path} has {len(tokens)} tokens to train on, fewer than a sequence of {sequence_length}: "
-                    "give more text, or a lower --sequence-length"
-                )
-        self._pattern = interleave([source.weight for source in sources])
+    def __init__(self, names: Sequence[str], sizes: Sequence[int], shares: Sequence[float], batch_size: int, seed: int):
+        self.names, self.sizes, self.batch_size, self.seed = names, sizes, batch_size, seed
+        self._pattern = interleave(shares)
         self._slots = np.bincount(self._pattern)
-        drawn = np.cumsum(self._pattern[:, None] == np.arange(len(sources)), axis=0)  # of each source, by each draw
+        drawn = np.cumsum(self._pattern[:, None] == np.arange(len(sizes)), axis=0)  # of each source, by each draw
         self._before = drawn[np.arange(PERIOD), self._pattern] - 1  # of the draw's own source, earlier in the period
+
+    @property
+    def epoch_rows(self) -> int:
+        """Rows in one pass over the data. Sources with weights of their own do not end together: it is their sum."""
+        return sum(self.sizes)
 
     def identity(self) -> dict:
         """What must not change when a run goes on, for its steps to see the samples that they would have seen."""
-        data = [
-            f"{Path(source.path).name} {tokens.manifest.content()} x {source.weight:g}"
-            for source, tokens in zip(self.sources, self.train, strict=True)
-        ]
-        return {
-            "tokenizer": self.train[0].manifest.tokenizer[:16],
-            "data": data,
-            "seed": self.seed,
-            "batch_size": self.batch_size,
-            "sequence_length": self.sequence_length,
-        }
+        raise NotImplementedError
+
+    def _row(self, source: int, index: int):
+        raise NotImplementedError
+
+    def _held_out(self) -> Iterator[tuple[str, int, Callable, object]]:
+        """(source, number of rows, index -> row, a row of padding) of every source."""
+        raise NotImplementedError
+
+    def _batch(self, rows: Sequence) -> dict[str, Tensor]:
+        raise NotImplementedError
 
     def rows(self, step: int) -> list[tuple[int, int]]:
-        """(source, window) of each sequence of a step; steps count from 0.
+        """(source, number of its row) of each row of a step; steps count from 0.
 
-        Draw g of the run is the n-th of its source, n known in closed form from the pattern. Of that source's N windows
-        it takes number n % N, in the order that epoch n // N has for itself.
+        Draw g of the run is the n-th of its source, n known in closed form from the pattern. Of that source's N rows it
+        takes number n % N, in the order that epoch n // N has for itself.
         """
         draw = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
         period, place = np.divmod(draw, PERIOD)
         source = self._pattern[place]
         nth = period * self._slots[source] + self._before[place]
-        epoch, nth = np.divmod(nth, np.array(self.windows)[source])
-        window = np.empty_like(nth)
+        epoch, nth = np.divmod(nth, np.array(self.sizes)[source])
+        row = np.empty_like(nth)
         for k, e in {*zip(source.tolist(), epoch.tolist(), strict=True)}:
             here = (source == k) & (epoch == e)
-            window[here] = permutation(nth[here], self.windows[k], f"{self.seed} {k} {e}")
-        return [*zip(source.tolist(), window.tolist(), strict=True)]
+            row[here] = permutation(nth[here], self.sizes[k], f"{self.seed} {k} {e}")
+        return [*zip(source.tolist(), row.tolist(), strict=True)]
 
     def batch(self, step: int) -> dict[str, Tensor]:
-        """The sequences of a step: int64 tensors (B, T).
-
-        input_ids; labels, the same ids, but -100 where nothing is learned; with document_mask also document_ids, which
-        count up along a row, and the first token of a document is not learned, since it sees nothing before it.
-        """
-        return self._batch([self._window(*row) for row in self.rows(step)])
-
-    def _window(self, source: int, window: int) -> tuple[Tokens, int]:
-        return self.train[source], window * (self.sequence_length - 1)
-
-    def _batch(self, windows: Sequence[tuple[Tokens, int]]) -> dict[str, Tensor]:
-        """Windows as (tokens, start); what lies behind the end of the tokens is padding, which is not learned."""
-        shape = len(windows), self.sequence_length
-        input_ids, labels, document_ids = np.zeros(shape, np.int64), np.full(shape, IGNORED), np.zeros(shape, np.int64)
-        for row, (tokens, start) in enumerate(windows):
-            ids = tokens.read(start, min(start + self.sequence_length, len(tokens)))
-            input_ids[row, : len(ids)] = labels[row, : len(ids)] = ids
-            if self.document_mask:
-                begins = tokens.beginnings(start, start + len(ids))
-                labels[row, begins] = IGNORED
-                document_ids[row, begins] = 1
-        batch = {"input_ids": input_ids, "labels": labels}
-        if self.document_mask:
-            batch["document_ids"] = document_ids.cumsum(axis=1)
-        return {name: torch.from_numpy(array) for name, array in batch.items()}
+        """The rows of a step, all of them, as tensors whose first dimension is B."""
+        return self._batch([self._row(*row) for row in self.rows(step)])
 
     def steps(
         self, start: int, stop: int, rank: int, world_size: int, micro_batch_size: int
@@ -171,29 +126,115 @@ class TokenBatches:
         firsts = range(rank * micro_batch_size, self.batch_size, at_once)
 
         def micro_batches(step: int) -> list[dict[str, Tensor]]:
-            windows = [self._window(*row) for row in self.rows(step)]
-            return [self._batch(windows[first : first + micro_batch_size]) for first in firsts]
+            rows = [self._row(*row) for row in self.rows(step)]
+            return [self._batch(rows[first : first + micro_batch_size]) for first in firsts]
 
         return _ahead(micro_batches, range(start, stop))
 
     def heldout(
         self, batch_size: int, rank: int = 0, world_size: int = 1, limit: int | None = None
     ) -> Iterator[tuple[str, Iterator[dict[str, Tensor]]]]:
-        """(source, this rank's batches of its held-out sequences), for every source that has any.
+        """(source, this rank's batches of its held-out rows), for every source that has any, in a fixed order.
 
-        The windows are those of training, in their order; the last one is padded, so every held-out token is counted
-        once, but the first. With `limit` only so many windows, evenly spread. All ranks get equally many batches of
-        batch_size rows, since sharded models compute in step: what is missing is rows of padding.
+        With `limit` only so many rows, evenly spread. All ranks get equally many batches of batch_size rows, since
+        sharded models compute in step: what is missing is rows of padding.
         """
-        stride = self.sequence_length - 1
-        for source, tokens in zip(self.sources, self.held_out, strict=True):
-            if count := -(-max(len(tokens) - 1, 0) // stride):
+        for name, count, row, padding in self._held_out():
+            if count:
                 taken = min(limit or count, count)
-                windows = [(tokens, i * count // taken * stride) for i in range(taken)]
-                windows += [(tokens, len(tokens))] * (-taken % (batch_size * world_size))
-                firsts = range(rank * batch_size, len(windows), batch_size * world_size)
-                shares = [windows[first : first + batch_size] for first in firsts]
-                yield source.path, map(self._batch, shares)
+                rows = [row(i * count // taken) for i in range(taken)]
+                rows += [padding] * (-taken % (batch_size * world_size))
+                firsts = range(rank * batch_size, len(rows), batch_size * world_size)
+                yield name, map(self._batch, [rows[first : first + batch_size] for first in firsts])
+
+
+class TokenBatches(Batches):
+    """The batches of pretraining: windows of a stream of text.
+
+    A source's stream is cut into windows of T tokens that overlap by one. Labels stand at their inputs' places, and the
+    first token of a window has nothing before it to be learned from; it is the last of the window before, where it was
+    learned. So an epoch learns each token once, but the first of the stream and the last ones, fewer than T - 1, that
+    fill no window.
+    Held-out windows are those of training, in their order; the last one is padded, so every held-out token is counted
+    once, but the first.
+
+    A batch is int64 tensors (B, T): input_ids; labels, the same ids, but -100 where nothing is learned; with
+    document_mask also document_ids, which count up along a row, and the first token of a document is not learned, since
+    it sees nothing before it.
+
+    sources, directories: what `parse_source` and `prepare` gave. Raises ValueError for a source given twice, or without
+    a window.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        directories: Sequence[Path],
+        vocab_size: int,
+        sequence_length: int,
+        batch_size: int,
+        seed: int,
+        document_mask: bool = False,
+    ):
+        names = check_sources(sources)
+        self.sources, self.sequence_length, self.document_mask = sources, sequence_length, document_mask
+        self.train, self.held_out = (
+            [Tokens(directory, split, vocab_size) for directory in directories] for split in SPLITS
+        )
+        self.windows = [(len(tokens) - 1) // (sequence_length - 1) for tokens in self.train]
+        for source, tokens, windows in zip(sources, self.train, self.windows, strict=True):
+            if windows < 1:
+                raise ValueError(
+                    f"{source.path} has {len(tokens)} tokens to train on, fewer than a sequence of {sequence_length}: "
+                    "give more text, or a lower --sequence-length"
+                )
+        super().__init__(names, self.windows, [source.share for source in sources], batch_size, seed)
+
+    def identity(self) -> dict:
+        data = [
+            f"{Path(source.path).name} {tokens.manifest.content()} x {source.share:g}"
+            for source, tokens in zip(self.sources, self.train, strict=True)
+        ]
+        return {
+            "tokenizer": self.train[0].manifest.tokenizer[:16],
+            "data": data,
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "sequence_length": self.sequence_length,
+        }
+
+    def _row(self, source: int, index: int) -> tuple[Tokens, int]:
+        return self.train[source], index * (self.sequence_length - 1)
+
+    def _held_out(self) -> Iterator[tuple[str, int, Callable, tuple[Tokens, int]]]:
+        stride = self.sequence_length - 1
+        for name, tokens in zip(self.names, self.held_out, strict=True):
+            count = -(-max(len(tokens) - 1, 0) // stride)
+            yield name, count, lambda i, tokens=tokens: (tokens, i * stride), (tokens, len(tokens))
+
+    def _batch(self, rows: Sequence[tuple[Tokens, int]]) -> dict[str, Tensor]:
+        """Windows as (tokens, start); what lies behind the end of the tokens is padding, which is not learned."""
+        shape = len(rows), self.sequence_length
+        input_ids, labels, document_ids = np.zeros(shape, np.int64), np.full(shape, IGNORED), np.zeros(shape, np.int64)
+        for row, (tokens, start) in enumerate(rows):
+            ids = tokens.read(start, min(start + self.sequence_length, len(tokens)))
+            input_ids[row, : len(ids)] = labels[row, : len(ids)] = ids
+            if self.document_mask:
+                begins = tokens.beginnings(start, start + len(ids))
+                labels[row, begins] = IGNORED
+                document_ids[row, begins] = 1
+        batch = {"input_ids": input_ids, "labels": labels}
+        if self.document_mask:
+            batch["document_ids"] = document_ids.cumsum(axis=1)
+        return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
+def check_sources(sources: Sequence[Source]) -> list[str]:
+    """The paths of the sources. Raises ValueError if one is given twice."""
+    names = [source.path for source in sources]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"{min(twice)} is given twice; give it once, with the sum of the weights")
+    return names
 
 
 def _ahead(function: Callable[[int], list], numbers: range) -> Iterator[list]:

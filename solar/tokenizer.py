@@ -7,6 +7,7 @@ and Hugging Face's `tokenizer.json` (Llama 3, SmolLM) through the optional packa
     stream = StreamDecoder(tok, ids)                       stream.push(id) -> the text that this id completes
     render("solar", "Hi")                                  "### User:\\nHi\\n\\n### Assistant:\\n"
     encode_prompt(tok, "solar", "Hi")                      the ids of that prompt, as the model expects them
+    encode_chat(tok, "solar", messages)                    the ids of a conversation, and which of them are learned
 """
 
 import codecs
@@ -117,6 +118,7 @@ class Tokenizer:
         self._errors = "replace" if byte_level else self._errors
         # The post-processor is what happens, add_bos_token only what was written down beside it.
         habit = hf.encode("a", add_special_tokens=True).ids[:1] == [self.bos_id]
+        hf.post_processor = None  # its job is done, and ByteLevel's takes spaces out of the offsets
         self.adds_bos = self.bos_id is not None and (habit or config.get("add_bos_token") is True)
 
     def _named(self, config: dict, key: str, *usual: str) -> int | None:
@@ -133,15 +135,32 @@ class Tokenizer:
         `<|im_start|>` is spelled out even where the library would take it for the token.
         Raises ValueError for what is not Unicode text (a lone surrogate, not a str).
         """
-        try:
-            text.encode()
-        except (AttributeError, UnicodeEncodeError):
-            raise ValueError(f"encode takes a str without lone surrogates, got {text!a:.80}") from None
+        _check_text(text)
         ids = self._sp.encode(text) if self._sp else self._hf.encode(text, add_special_tokens=False).ids
         if not self._spelled.keys().isdisjoint(ids):
             ids = [j for i in ids for j in self._spelled.get(i, [i])]
         head = [self.bos_id] if bos and self.bos_id is not None else []
         return head + ids + ([self.eos_id] if eos and self.eos_id is not None else [])
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """`encode(text, bos=False)`, and for each id the (start, end) of the characters that it stands for.
+
+        Every byte of a character stands for that character. What stands for none, as a dummy prefix may, is given the
+        character that follows. Raises ValueError as `encode` does.
+        """
+        _check_text(text)
+        if self._hf:
+            found = self._hf.encode(text, add_special_tokens=False)
+            ids, spans = found.ids, found.offsets
+        else:
+            ids, spans = _sentencepiece_offsets(self._sp, text)
+        last = max(len(text) - 1, 0)
+        spans = [(start, end) if end > start else (min(start, last), min(start, last) + 1) for start, end in spans]
+        if not self._spelled.keys().isdisjoint(ids):
+            spelled = [self._spelled.get(i, [i]) for i in ids]
+            spans = [span for span, parts in zip(spans, spelled, strict=True) for _ in parts]
+            ids = [i for parts in spelled for i in parts]
+        return ids, spans
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; control tokens add nothing. Raises ValueError for an id outside the vocabulary.
@@ -163,6 +182,10 @@ class Tokenizer:
     def token_id(self, piece: str) -> int | None:
         """The id of a piece as the vocabulary writes it ("▁the", "<s>"), or None."""
         return self._ids.get(piece)
+
+    def piece(self, token_id: int) -> str:
+        """The piece of an id, as the vocabulary writes it; "" for a hole in the vocabulary."""
+        return next((piece for piece, i in self._ids.items() if i == token_id), "")
 
 
 class StreamDecoder:
@@ -241,7 +264,9 @@ def _chatml(messages) -> list[Segment]:
 def _plain(messages) -> list[Segment]:
     out = []
     for role, content in _turns(messages):
-        out += [Segment("\n\n"), Segment(content, answer=role == "assistant")]
+        answer = role == "assistant"
+        # A prompt ends with the user's last character, so the blank line is the answer's to write.
+        out += [Segment("\n\n", answer=answer), Segment(content, answer=answer)]
     return out[1:]
 
 
@@ -286,15 +311,76 @@ def encode_prompt(tokenizer: Tokenizer, name: str, messages) -> list[int]:
     The text between two control tokens is encoded as one string, by itself: sentencepiece begins each with its dummy
     prefix ("▁user"), as models that learned such tokens saw it. What a user typed never becomes a control token.
     """
-    ids, text = [tokenizer.bos_id] if tokenizer.adds_bos else [], ""
-    for segment in _prompt(name, messages):
+    return _encode(tokenizer, _prompt(name, messages))[0]
+
+
+def encode_chat(tokenizer: Tokenizer, name: str, messages, last_only: bool = False) -> tuple[list[int], list[bool]]:
+    """The ids of a whole conversation, encoded as one text like `encode_prompt`'s, and for each whether it is learned.
+
+    messages: as `render` takes them, the last one the assistant's, or for alpaca {"instruction", "input", "output"}.
+    Learned are the ids that hold any of an assistant message's text, one that also holds text around it included, and
+    what ends an answer: chatml's <|im_end|>; in the other templates, which have nothing behind an earlier answer, EOS
+    behind the last one. Nothing is encoded that comes after the end.
+    last_only: earlier answers are part of the prompt and not learned.
+    Raises ValueError for malformed messages, and if the vocabulary lacks a control token that the template needs.
+    """
+    prompt, last = _prompt(name, messages), []
+    if isinstance(messages, dict) and isinstance(messages.get("output"), str):
+        last = [Segment(messages["output"], answer=True)]
+    if not last and (isinstance(messages, (str, dict)) or messages[-1]["role"] != "assistant"):
+        raise ValueError("a conversation to learn from ends with an answer")
+    segments = TEMPLATES[name](messages) + last
+    if last_only:
+        segments[: len(prompt)] = [segment._replace(answer=False) for segment in prompt]
+    while not segments[-1].answer:
+        segments.pop()
+    if missing := [s.text for s in segments if s.special and tokenizer.token_id(s.text) is None]:
+        raise ValueError(f"{tokenizer.path} has no token {missing[0]}: take another template than {name}")
+    ids, learned = _encode(tokenizer, segments)
+    if not segments[-1].special:
+        if tokenizer.eos_id is None:
+            raise ValueError(f"{tokenizer.path} has no EOS, with which the template {name} ends an answer")
+        ids, learned = [*ids, tokenizer.eos_id], [*learned, True]
+    return ids, learned
+
+
+def _encode(tokenizer: Tokenizer, segments: list[Segment]) -> tuple[list[int], list[bool]]:
+    """The ids of segments, and for each whether it holds any of an answer."""
+    ids = [tokenizer.bos_id] if tokenizer.adds_bos else []
+    learned, text, answer = [False] * len(ids), "", b""  # answer: for each character of text, is it an answer's?
+
+    def encode_text() -> None:
+        new, spans = tokenizer.encode_with_offsets(text)
+        ids.extend(new)
+        learned.extend(1 in answer[start:end] for start, end in spans)
+
+    for segment in segments:
         special = tokenizer.token_id(segment.text) if segment.special else None
         if special is None:
-            text += segment.text
+            text, answer = text + segment.text, answer + bytes([segment.answer]) * len(segment.text)
         else:
-            ids += [*tokenizer.encode(text, bos=False), special]
-            text = ""
-    return ids + tokenizer.encode(text, bos=False)
+            encode_text()
+            ids.append(special)
+            learned.append(segment.answer)
+            text, answer = "", b""
+    encode_text()
+    return ids, learned
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except (AttributeError, UnicodeEncodeError):
+        raise ValueError(f"encode takes a str without lone surrogates, got {text!a:.80}") from None
+
+
+def _sentencepiece_offsets(sp, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    try:
+        found = sp.encode(text, return_type="offset_mapping")
+        return found["ids"], found["offsets"]
+    except TypeError:  # an older sentencepiece (0.2.0) calls the same something else
+        pieces = sp.encode(text, out_type="immutable_proto").pieces
+        return [piece.id for piece in pieces], [(piece.begin, piece.end) for piece in pieces]
 
 
 def _piece_bytes(piece: str) -> bytes:

@@ -163,7 +163,8 @@ def test_bad_lines_are_skipped_and_counted(write):
     folder = write({"a.jsonl": 'no\n{"text": "a"}\n[]\n', "b.jsonl": '{"text": "b"}\n'})
     some = Corpus([Source(str(folder))], skip_bad_lines=True)
     assert [*some.documents(0.0, lambda count: None)] == [(b"a", False), (b"b", False)]
-    assert some.skipped == {folder / "a.jsonl": 2, folder / "b.jsonl": 0}
+    reasons = {"no JSON": (1, "line 1"), "JSON, but no object": (1, "line 3")}
+    assert some.skipped == {folder / "a.jsonl": reasons, folder / "b.jsonl": {}}
 
 
 def test_a_source_that_is_no_file(tmp_path):

@@ -18,7 +18,7 @@ from solar import data
 from solar.corpus import Source
 from solar.data import TokenBatches
 from solar.permutation import permutation
-from solar.shards import Manifest
+from solar.tokens import Manifest
 from tests.byte_tokenizer import BOS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,7 +98,7 @@ def test_an_epoch_learns_every_token_once(sequence_length, batches):
     it = batches(sequence_length)
     for k, tokens in enumerate(it.train):
         stream = tokens.read(0, len(tokens)).tolist()
-        batch = it._batch([it._window(k, i) for i in range(it.windows[k])])
+        batch = it._batch([it._row(k, i) for i in range(it.windows[k])])
         assert torch.equal(batch["labels"], batch["input_ids"])
         assert batch["labels"][:, 1:].flatten().tolist() == stream[1 : it.windows[k] * (sequence_length - 1) + 1]
         assert 0 <= len(stream) - 1 - it.windows[k] * (sequence_length - 1) < sequence_length - 1

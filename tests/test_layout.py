@@ -11,12 +11,15 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A module imports strictly lower layers. L0 also holds kernels/.
 LAYERS = {
-    0: ["config", "plan", "cli", "tokenizer", "tensorfile", "losses", "optim", "problems", "permutation"],
-    1: ["model", "corpus"],
+    0: [
+        "config", "plan", "cli", "tokenizer", "tensorfile", "losses", "optim", "problems", "permutation", "tally",
+        "chats",
+    ],
+    1: ["model", "corpus", "tokens", "packing"],
     2: ["checkpoint", "shards"],
-    3: ["upscale", "sampling", "data", "dist", "snapshot"],
-    4: ["base", "analyze"],
-}
+    3: ["upscale", "sampling", "data", "dist", "snapshot", "examples"],
+    4: ["base", "analyze", "packed"],
+}  # fmt: skip
 REQUIRED = {"torch", "numpy", "sentencepiece", "safetensors", "triton"}
 OPTIONAL = {"solar/tokenizer.py": {"tokenizers"}, "solar/analyze.py": {"matplotlib"}}
 LAYER_OF = {f"solar.{name}": layer for layer, names in LAYERS.items() for name in names}

@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from solar import shards
+from solar import shards, tokens
 from solar.corpus import Source
-from solar.shards import Manifest, Tokens, fingerprint, prepare
+from solar.shards import fingerprint, prepare
 from solar.tokenizer import Tokenizer
+from solar.tokens import Manifest, Tokens
 from tests.byte_tokenizer import BOS, EOS, Bytes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -319,7 +320,7 @@ def test_a_large_vocabulary_takes_32_bits(write, tmp_path, bytes_tokenizer):
 def test_shards_read_as_one_stream(write, make, monkeypatch):
     folder = write({str(i): "abcdefgh"[: i % 9] + "." for i in range(40)})
     whole = Tokens(make(folder), "train", 258)
-    monkeypatch.setattr(shards, "SHARD_TOKENS", 32)
+    monkeypatch.setattr(tokens, "SHARD_TOKENS", 32)
     parts = Tokens(make(folder, holdout=0.0001), "train", 258)  # another name in the cache
     count = len(whole)
     assert len(parts) == count > 250
