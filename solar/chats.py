@@ -149,7 +149,7 @@ def _system(row: dict) -> list[tuple[str, str]]:
 
 def _last_answer(value, name: str) -> tuple[list[tuple[str, str]], str]:
     """(what stands before the answer, the answer) of a string, one message, or a list of messages."""
-    if isinstance(value, str):
+    if not isinstance(value, (dict, list)):
         return [], _text(value, f"{name!r}")
     turns = [_turn(value, name)] if isinstance(value, dict) else _turns(value, name)
     if turns[-1][0] != "assistant":

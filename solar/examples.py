@@ -233,7 +233,7 @@ class Chats(Tokens):
 
     def tally(self) -> Tally:
         """What was counted when this split was made: dropped and cut examples, learned tokens."""
-        return self.manifest.counts[self.split]
+        return Tally(self.manifest.counts[self.split])
 
 
 class Pairs(Chats):

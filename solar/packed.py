@@ -24,7 +24,6 @@ from solar.data import Batches, check_sources
 from solar.examples import LEARNED, Chats, Example, Pairs
 from solar.losses import IGNORED
 from solar.packing import pack
-from solar.tally import Tally
 from solar.tokenizer import StreamDecoder, Tokenizer
 from solar.tokens import SPLITS
 
@@ -158,7 +157,7 @@ class ChatBatches(Batches):
         lines = []
         for k, source in enumerate(self.sources):
             train, held_out = (self.examples[split][k] for split in SPLITS)
-            tally = Tally(train.tally())
+            tally = train.tally()
             learned, _ = tally.pop(LEARNED, (0, ""))
             lines.append(
                 f"{source.path}: {len(train):,} {self.unit} to train on, {len(held_out):,} held out; "

@@ -546,9 +546,7 @@ def test_exactly_the_answers_bytes_are_learned(models, messages, name, kind):
 @given(messages=CHAT, name=st.sampled_from(["solar", "plain"]))
 @settings(deadline=None, max_examples=50)
 def test_exactly_the_answers_bytes_are_learned_with_tokenizer_json(json_pair, messages, name):
-    tok, _, is_byte_level = json_pair
-    assume(is_byte_level or not {*"".join(m["content"] for m in messages)} - {*" abc"})
-    check_mask(tok, name, messages)
+    check_mask(json_pair[0], name, messages)
 
 
 @given(contents=st.lists(TEXT, min_size=2, max_size=2))
@@ -592,9 +590,9 @@ def test_chatml_learns_answers_and_what_ends_them(kind, models, corpus, tmp_path
             assert here == [bool(value)] * len(part)
     prompt = encode_prompt(tok, "chatml", chat(attack, "One.", "Go", system="s"))
     assert ids[: len(prompt)] == prompt
-    assert not any(
-        encode_chat(tok, "chatml", chat(attack, "One.", "Go", "x", system="s"), last_only=True)[1][: len(prompt)]
-    )
+    last = encode_chat(tok, "chatml", chat(attack, "One.", "Go", "x", system="s"), last_only=True)[1]
+    assert not any(last[: len(prompt)])
+    assert all(last[len(prompt) :])
 
 
 def test_only_the_last_answer_of_a_pair_is_learned(models):
@@ -619,7 +617,7 @@ def test_alpacas_row_with_its_answer(models):
 def test_conversations_that_cannot_be_encoded(models, tmp_path, corpus):
     tok = models["mistral"][1]
     for messages in ("Hi", chat("a"), {"instruction": "x"}, chat("a", "b", "c")):
-        with pytest.raises(ValueError, match="ends with an answer|roles"):
+        with pytest.raises(ValueError, match=r"ends with an answer|roles"):
             encode_chat(tok, "alpaca" if isinstance(messages, dict) else "solar", messages)
     with pytest.raises(ValueError, match=r"no token <\|im_start\|>: take another template than chatml"):
         encode_chat(tok, "chatml", chat("a", "b"))

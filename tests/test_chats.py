@@ -1,0 +1,196 @@
+"""Every shape of row that is found in the wild, and every kind of row that must not be learned from."""
+
+import json
+
+import pytest
+
+from solar.chats import Chat, parse_chat, parse_pair
+
+ASK, TOLD = ("user", "How many?"), ("assistant", "Three.")
+MESSAGES = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Three."}]
+SHAREGPT = [{"from": "human", "value": "How many?"}, {"from": "gpt", "value": "Three."}]
+BRIEF = {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize(
+    ("row", "chat"),
+    [
+        ({"instruction": "Add.", "input": "1 2", "output": "3"}, Chat([("user", "Add.")], ["3"], "1 2")),
+        ({"instruction": "Add.", "input": "", "output": "3"}, Chat([("user", "Add.")], ["3"])),
+        ({"instruction": "Add.", "input": None, "output": "3", "text": "x"}, Chat([("user", "Add.")], ["3"])),
+        ({"instruction": "Add.", "input": " \n", "output": "3"}, Chat([("user", "Add.")], ["3"])),
+        ({"prompt": "How many?", "response": "Three."}, Chat([ASK], ["Three."])),
+        ({"prompt": "How many?", "completion": "Three."}, Chat([ASK], ["Three."])),
+        ({"question": "How many?", "answer": "Three."}, Chat([ASK], ["Three."])),
+        ({"query": "How many?", "response": "Three.", "type": "GSM_Rephrased"}, Chat([ASK], ["Three."])),
+        (
+            {"id": "niv.1", "system_prompt": "Be brief.", "question": "How many?", "response": "Three."},
+            Chat([("system", "Be brief."), ASK], ["Three."]),
+        ),
+        ({"system_prompt": "", "question": "How many?", "response": "Three."}, Chat([ASK], ["Three."])),
+        ({"messages": MESSAGES}, Chat([ASK], ["Three."])),
+        ({"messages": [BRIEF, *MESSAGES]}, Chat([("system", "Be brief."), ASK], ["Three."])),
+        ({"messages": [{"role": "system", "content": ""}, *MESSAGES]}, Chat([ASK], ["Three."])),
+        ({"messages": MESSAGES * 2, "prompt": "How many?"}, Chat([ASK, TOLD, ASK], ["Three."])),
+        ({"conversations": SHAREGPT}, Chat([ASK], ["Three."])),
+        ({"conversations": [{"from": "system", "value": "s"}, *SHAREGPT]}, Chat([("system", "s"), ASK], ["Three."])),
+        ({"conversations": SHAREGPT, "system": "s"}, Chat([("system", "s"), ASK], ["Three."])),
+        ({"conversations": MESSAGES}, Chat([ASK], ["Three."])),
+        ({"prompt": MESSAGES[:1], "completion": MESSAGES[1:]}, Chat([ASK], ["Three."])),
+    ],
+)
+def test_rows_to_learn_from(row, chat):
+    assert parse_chat(row) == chat
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ([1], "no object"),
+        ({}, "no question"),
+        ({"text": "x"}, "no question"),
+        ({"instruction": "Add."}, "no answer"),
+        ({"instruction": "Add.", "output": ""}, "an empty answer"),
+        ({"instruction": "Add.", "output": " \n"}, "an empty answer"),
+        ({"instruction": "", "output": "3"}, "an empty user message"),
+        ({"instruction": "Add.", "output": 3}, "'output' is no string"),
+        ({"instruction": None, "output": "3"}, "'instruction' is no string"),
+        ({"instruction": "Add.", "input": 3, "output": "3"}, "'input' is no string"),
+        ({"instruction": "Add.", "output": "\ud800"}, "half of a surrogate pair"),
+        ({"messages": []}, "no list of messages"),
+        ({"messages": "Hi"}, "no list of messages"),
+        ({"messages": ["Hi"]}, "no object"),
+        ({"messages": [{"role": "user"}]}, "no string"),
+        ({"messages": [{"content": "x"}]}, "role None"),
+        ({"messages": [{"role": ["user"], "content": "x"}]}, "role"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "role 'tool'"),
+        ({"messages": MESSAGES[:1]}, "does not end with an answer"),
+        ({"messages": MESSAGES[1:]}, "roles out of order: assistant"),
+        ({"messages": [BRIEF, *MESSAGES[1:]]}, "roles out of order: system, assistant"),
+        ({"messages": [MESSAGES[0], *MESSAGES]}, "roles out of order: user, user, assistant"),
+        ({"messages": [*MESSAGES, BRIEF, *MESSAGES]}, "roles out of order"),
+        ({"messages": [BRIEF, BRIEF, *MESSAGES]}, "roles out of order"),
+        ({"messages": [{"role": "user", "content": " "}, MESSAGES[1]]}, "an empty user message"),
+        ({"messages": [MESSAGES[0], {"role": "assistant", "content": ""}, *MESSAGES]}, "an empty assistant message"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}, MESSAGES[1]]}, "no string"),
+        ({"conversations": [{"from": "observation", "value": "x"}]}, "role 'observation'"),
+    ],
+)
+def test_rows_that_cannot_be_learned_from(row, reason):
+    with pytest.raises(ValueError, match=reason):
+        parse_chat(row)
+
+
+GOOD, BAD = {"role": "assistant", "content": "Three."}, {"role": "assistant", "content": "Four."}
+PAIR = Chat([ASK], ["Three.", "Four."])
+
+
+@pytest.mark.parametrize(
+    ("row", "chat"),
+    [
+        ({"prompt": "How many?", "chosen": "Three.", "rejected": "Four."}, PAIR),
+        (
+            {"instruction": "Add.", "input": "1 2", "output": "x", "chosen": "3", "rejected": "4"},
+            Chat([("user", "Add.")], ["3", "4"], "1 2"),
+        ),
+        (
+            {"system": "s", "question": "How many?", "chosen": "Three.", "rejected": "Four."},
+            Chat([("system", "s"), ASK], ["Three.", "Four."]),
+        ),
+        # UltraFeedback as Zephyr binarised it: whole conversations, and the prompt beside them
+        (
+            {
+                "prompt": "How many?", "prompt_id": "ab", "chosen": [MESSAGES[0], GOOD], "rejected": [MESSAGES[0], BAD],
+                "messages": [MESSAGES[0], GOOD], "score_chosen": 8.0, "score_rejected": 2.0,
+            },
+            PAIR,
+        ),
+        ({"chosen": [MESSAGES[0], GOOD], "rejected": [MESSAGES[0], BAD]}, PAIR),
+        ({"prompt": MESSAGES[:1], "chosen": [GOOD], "rejected": [BAD]}, PAIR),
+        (
+            {"prompt": [BRIEF, *MESSAGES, MESSAGES[0]], "chosen": "Three.", "rejected": "Four."},
+            Chat([("system", "Be brief."), ASK, TOLD, ASK], ["Three.", "Four."]),
+        ),
+        (
+            {
+                "conversations": [*SHAREGPT, SHAREGPT[0]], "chosen": {"from": "gpt", "value": "Three."},
+                "rejected": {"from": "gpt", "value": "Four."},
+            },
+            Chat([ASK, TOLD, ASK], ["Three.", "Four."]),
+        ),
+    ],
+)  # fmt: skip
+def test_preferences(row, chat):
+    assert parse_pair(row) == chat
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ("x", "no object"),
+        ({"prompt": "How many?", "chosen": "Three."}, "no 'rejected'"),
+        ({"prompt": "How many?", "chosen": "Three.", "rejected": "Three."}, "chosen and rejected are equal"),
+        ({"prompt": "How many?", "chosen": "Three.", "rejected": ""}, "an empty answer"),
+        ({"prompt": "How many?", "chosen": None, "rejected": "x"}, "'chosen' is no string"),
+        ({"chosen": "Three.", "rejected": "Four."}, "no question"),
+        ({"chosen": [GOOD], "rejected": [BAD]}, "no question"),
+        ({"prompt": "How many?", "chosen": [MESSAGES[0]], "rejected": [BAD]}, "'chosen' does not end with an answer"),
+        ({"chosen": [MESSAGES[0], GOOD], "rejected": [BRIEF, BAD]}, "answers to different conversations"),
+        ({"chosen": [MESSAGES[0], GOOD], "rejected": [BAD]}, "answers to different conversations"),
+        ({"conversations": SHAREGPT, "chosen": GOOD, "rejected": BAD}, "roles out of order"),
+        ({"instruction": "How many?", "completions": 3}, "no list of objects"),
+        ({"instruction": "How many?", "completions": [{"response": "x", "overall_score": 3}]}, "scored above another"),
+        ({"instruction": "How many?", "completions": [{"response": "x"}, {"response": "y"}]}, "scored above another"),
+        (
+            {"completions": [{"response": "x", "overall_score": 1}, {"response": "y", "overall_score": 2}]},
+            "no question",
+        ),
+    ],
+)
+def test_preferences_that_are_none(row, reason):
+    with pytest.raises(ValueError, match=reason):
+        parse_pair(row)
+
+
+def scored(*scores):
+    return [{"response": f"answer {i}", "overall_score": score} for i, score in enumerate(scores)]
+
+
+def test_the_best_scored_answer_against_a_random_one_that_scored_lower():
+    rows = [{"instruction": f"Question {n}", "completions": scored(3, 9.5, "7", 9.5)} for n in range(200)]
+    pairs = [parse_pair(row) for row in rows]
+    assert {pair.answers[0] for pair in pairs} == {"answer 1"}
+    rejected = [pair.answers[1] for pair in pairs]
+    assert 60 < rejected.count("answer 0") < 140
+    assert rejected.count("answer 0") + rejected.count("answer 2") == 200  # never the other best one
+    assert pairs == [parse_pair(json.loads(json.dumps(row))) for row in rows]
+    assert rejected != [parse_pair(row, seed=1).answers[1] for row in rows]
+
+
+def test_scores_of_aspects_and_scores_that_are_none():
+    def rated(*ratings):
+        aspects = ("helpfulness", "honesty", "truthfulness", "instruction_following")
+        return {
+            aspect: {"Rating": rating, "Rationale": "..."} for aspect, rating in zip(aspects, ratings, strict=False)
+        }
+
+    completions = [
+        {"response": "poor", "annotations": rated("1", "5", "N/A", "2")},
+        {"response": "best", "annotations": rated("5", "4", "N/A", "5")},
+        {"response": "unknown", "annotations": rated("N/A")},
+        {"response": "not scored", "overall_score": float("nan")},
+    ]
+    assert parse_pair({"instruction": "How many?", "completions": completions}).answers == ["best", "poor"]
+
+
+def test_where_a_templates_context_stands():
+    chat = Chat([("user", "Add.")], ["3", "4"], "1 2")
+    assert chat.conversation(1, "alpaca") == {"instruction": "Add.", "input": "1 2", "output": "4"}
+    assert chat.conversation(0, "solar") == [
+        {"role": "user", "content": "Add.\n\n1 2"},
+        {"role": "assistant", "content": "3"},
+    ]
+    system = chat._replace(messages=[("system", "s"), ("user", "Add.")])
+    assert [m["role"] for m in system.conversation(0, "alpaca")] == ["system", "user", "assistant"]
+    assert chat.opening() == system.opening() == Chat([("user", " Add.\n\n1 2\n")], ["5"]).opening() == "Add.\n\n1 2"
+    assert Chat([ASK, TOLD, ("user", "Why?")], ["x"]).opening() == "How many?"
