@@ -15,10 +15,10 @@ LAYERS = {
         "config", "plan", "cli", "tokenizer", "tensorfile", "losses", "optim", "problems", "permutation", "tally",
         "chats",
     ],
-    1: ["model", "corpus", "tokens", "packing"],
+    1: ["model", "corpus", "tokens", "packing", "logps"],
     2: ["checkpoint", "shards"],
     3: ["upscale", "sampling", "data", "dist", "snapshot", "examples"],
-    4: ["base", "analyze", "packed"],
+    4: ["base", "analyze", "packed", "reference"],
 }  # fmt: skip
 REQUIRED = {"torch", "numpy", "sentencepiece", "safetensors", "triton"}
 OPTIONAL = {"solar/tokenizer.py": {"tokenizers"}, "solar/analyze.py": {"matplotlib"}}

@@ -1,7 +1,8 @@
 """Make the golden numbers beside this file, by running the peers. Never imported by the project or its tests.
 
-    python tests/golden/make_golden.py                                 with transformers: everything but the next
+    python tests/golden/make_golden.py                                 with transformers: everything but the next two
     python tests/golden/make_golden.py --mergekit                      with mergekit: passthrough.json
+    python tests/golden/make_golden.py --trl                           with trl: preferences.json
     python tests/golden/make_golden.py --compare DIR --out FILE.npz    with transformers: a real model, kept elsewhere
 
 README.md, next to it, says what each file holds.
@@ -207,6 +208,72 @@ def make_passthrough() -> None:
     print(f"{len(described)} tensors, {config['num_hidden_layers']} layers")
 
 
+# ------------------------------------------------------------ trl
+
+
+def make_preferences() -> None:
+    """preferences.json: pairs of answers through TRL's DPOTrainer: sequence log-probabilities, losses, rewards.
+
+    Its own methods do it all, from the text on (a token is a word, the number of its id), one batch padded on the
+    right. Losses are asked for pair by pair, since a batch gives their mean only.
+    """
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    from trl import DPOConfig, DPOTrainer
+
+    case, seeds, pairs = "llama_gqa_head_dim", {"policy": 0, "reference": 1}, 6
+    special = ["<unk>", "<s>", "</s>", "<pad>"]
+    vocab = {special[i] if i < 4 else f"w{i}": i for i in range(tiny.CASES[case]["vocab_size"])}
+    words = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="</s>", pad_token="<pad>", padding_side="right"
+    )
+    texts = []
+    for pair in range(pairs):
+        texts.append({})
+        for part, most in (("prompt", 9), ("chosen", 12), ("rejected", 13)):
+            ids = 4 + tiny.token_ids(pair, part, (1 + (7 * pair + len(part)) % most,), len(vocab) - 4)
+            texts[-1][part] = "".join(f" w{i}" for i in ids)
+
+    results = {"case": case, "seeds": seeds, "losses": []}
+    with tempfile.TemporaryDirectory() as folder:
+        of = {name: load(tiny.write(case, Path(folder, name), seed=seed)) for name, seed in seeds.items()}
+        settings = [("sigmoid", 0.1, 0.0), ("sigmoid", 0.5, 0.0), ("hinge", 0.1, 0.0), ("hinge", 0.5, 0.0)]
+        settings += [("ipo", 0.1, 0.0), ("ipo", 0.5, 0.0), ("aot_unpaired", 0.1, 0.1), ("aot_unpaired", 0.5, 0.25)]
+        for kind, beta, smoothing in settings:
+            config = DPOConfig(
+                output_dir=folder, loss_type=[kind], beta=beta, label_smoothing=smoothing, max_length=None,
+                per_device_train_batch_size=pairs, report_to=[], use_cpu=True, bf16=False, gradient_checkpointing=False,
+            )  # fmt: skip
+            trainer = DPOTrainer(
+                model=of["policy"], ref_model=of["reference"], args=config, train_dataset=Dataset.from_list(texts),
+                processing_class=tokenizer,
+            )  # fmt: skip
+            rows = [
+                {name: row[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
+                for row in trainer.train_dataset
+            ]
+            trainer.model.eval()
+            losses, rewards = [], {"chosen": [], "rejected": []}
+            for row in rows:
+                trainer._metrics["eval"].clear()
+                losses.append(trainer._compute_loss(trainer.model, trainer.data_collator([row]), False).item())
+                for side, values in rewards.items():
+                    values.append(trainer._metrics["eval"][f"rewards/{side}"][0])
+            results["losses"].append(
+                {"kind": kind, "beta": beta, "label_smoothing": smoothing, "losses": losses, "rewards": rewards}
+            )
+        for name in seeds:
+            model = trainer.model if name == "policy" else trainer.ref_model
+            chosen, rejected = trainer.compute_ref_log_probs(model, trainer.data_collator(rows))
+            results[name] = {"chosen": chosen.tolist(), "rejected": rejected.tolist()}
+    results["pairs"] = rows
+    save_json("preferences.json", results)
+    print(f"{pairs} pairs of answers, {len(settings)} losses")
+
+
 # ------------------------------------------------------------ real models
 
 REAL_PROMPTS = [
@@ -263,6 +330,7 @@ def record_versions(*packages: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mergekit", action="store_true", help="make passthrough.json, needs mergekit")
+    parser.add_argument("--trl", action="store_true", help="make preferences.json, needs trl")
     parser.add_argument("--compare", metavar="MODEL_DIR", help="run a real model instead, needs transformers")
     parser.add_argument("--out", metavar="FILE.npz", help="where --compare saves")
     args = parser.parse_args()
@@ -273,6 +341,9 @@ def main() -> None:
     elif args.mergekit:
         make_passthrough()
         record_versions("mergekit", "transformers", "safetensors")
+    elif args.trl:
+        make_preferences()
+        record_versions("trl", "transformers")
     else:
         make_models()
         make_warpers()
