@@ -133,6 +133,9 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return _form("swiglu", gate)(gate, up)
 
 
-def label_logprobs(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """(N, D), (V, D), (N,) -> (N,) fp32 log-probability of each label, 0 where it is -100: see kernels/logprobs.py."""
-    return _form("label_logprobs", x)(x, weight, labels)
+def label_logprobs(x: Tensor, weight: Tensor, labels: Tensor, summed: bool = False) -> Tensor:
+    """(N, D), (V, D), (N,) -> (N,) fp32 log-probability of each label, 0 where it is -100: see kernels/logprobs.py.
+
+    summed: a promise that the loss is their sum, which can make its gradient cheaper; it changes no result.
+    """
+    return _form("label_logprobs", x)(x, weight, labels, summed)

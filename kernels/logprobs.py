@@ -33,7 +33,6 @@ single one there is nothing to add, and no fp32 dW.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.launch import DTYPES, CompileCase, Config, architecture, tl, triton, why_not
@@ -43,39 +42,51 @@ IGNORED = -100
 CHUNK = 1024  # tokens; the logits of one chunk are all that is held
 
 
-def label_logprobs_reference(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """The specification, with all logits at once."""
+def label_logprobs_reference(x: Tensor, weight: Tensor, labels: Tensor, summed: bool = False) -> Tensor:
+    """The specification, with all logits at once; nothing is gained from `summed`."""
     logits = x @ weight.T
     logprobs = logits.to(_wide(logits)).log_softmax(dim=-1)
     chosen = logprobs.gather(-1, labels.clamp(min=0)[:, None])[:, 0]
     return torch.where(labels == IGNORED, 0.0, chosen)
 
 
-def label_logprobs_torch(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    return _ChunkedLabelLogprobs.apply(x, weight, labels)
+def label_logprobs_torch(x: Tensor, weight: Tensor, labels: Tensor, summed: bool = False) -> Tensor:
+    """The same in chunks, and only for the labels that count.
+
+    summed: a promise that the gradient of every label will be the same, as that of a loss which is their sum.
+    """
+    rows = (labels != IGNORED).nonzero()[:, 0]
+    if len(rows) == len(labels):
+        return _ChunkedLabelLogprobs.apply(x, weight, labels, summed)
+    y = _ChunkedLabelLogprobs.apply(x[rows], weight, labels[rows], summed)
+    return y.new_zeros(len(labels)).index_copy(0, rows, y)
 
 
 class _ChunkedLabelLogprobs(torch.autograd.Function):
     """Keeps no logits between forward and backward.
 
     d y_i / d logits_i = onehot(l_i) - p_i needs nothing from above, so the forward pass takes the gradients along while
-    it has the logits: those of x row by row, to be scaled by dy_i, and that of W summed, for which all dy_i must be
-    equal. In training they are. Where they are not, the backward pass computes the logits again.
+    it has the logits: those of x row by row, to be scaled by dy_i, and that of W summed, if all dy_i are promised to be
+    equal. Without the promise, or where it is broken, the backward pass computes the logits again: four products of
+    N x D x V instead of three.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        want_dx, want_dw, _ = ctx.needs_input_grad
+    def forward(ctx, x: Tensor, weight: Tensor, labels: Tensor, summed: bool) -> Tensor:
+        want_dx, want_dw, *_ = ctx.needs_input_grad
         y = x.new_empty(len(x), dtype=_wide(x))
         # Of y and not of the loss, with the sign turned; dw is kept in fp32, which a sum over many chunks needs.
         dx = torch.empty_like(x) if want_dx else None
-        dw = torch.zeros_like(weight, dtype=_wide(weight)) if want_dw else None
-        for at in range(0, len(x), CHUNK):
-            xs, ls = x[at : at + CHUNK], labels[at : at + CHUNK]
-            logprobs = linear_torch(xs, weight).log_softmax(dim=-1, dtype=_wide(weight))
-            y[at : at + CHUNK] = -F.nll_loss(logprobs, ls, ignore_index=IGNORED, reduction="none")
-            if want_dx or want_dw:
-                _add_gradients(logprobs.exp_(), None, xs, weight, ls, None if dx is None else dx[at : at + CHUNK], dw)
+        dw = torch.zeros_like(weight, dtype=_wide(weight)) if want_dw and summed else None
+        for part in _parts(x):
+            logprobs = linear_torch(x[part], weight).log_softmax(dim=-1, dtype=_wide(weight))
+            y[part] = logprobs.gather(1, labels[part, None])[:, 0]
+            if want_dx or dw is not None:
+                dlogits = _minus_onehot(logprobs.exp_(), labels[part]).to(x.dtype)
+                if want_dx:
+                    torch.matmul(dlogits, weight, out=dx[part])
+                if dw is not None:
+                    _add_product_to(dw, dlogits, x[part])
         ctx.save_for_backward(x, weight, labels, dx, dw)
         return y
 
@@ -84,35 +95,31 @@ class _ChunkedLabelLogprobs(torch.autograd.Function):
         x, weight, labels, dx, dw = ctx.saved_tensors
         if dx is not None:
             dx = dx * -dy[:, None].to(dx.dtype)
-        if dw is not None:
-            learned = dy[labels != IGNORED]
-            if len(learned) == 0 or (learned == learned[0]).all():
-                dw = dw * -(learned[0] if len(learned) else 0.0)
-            else:
-                dw = torch.zeros_like(dw)
-                for at in range(0, len(x), CHUNK):
-                    xs, ls = x[at : at + CHUNK], labels[at : at + CHUNK]
-                    p = linear_torch(xs, weight).softmax(dim=-1, dtype=_wide(weight))
-                    _add_gradients(p, -dy[at : at + CHUNK], xs, weight, ls, None, dw)
-            dw = dw.to(weight.dtype)
-        return dx, dw, None
+        if dw is not None and (len(dy) == 0 or bool((dy == dy[0]).all())):
+            dw = dw * -(dy[0] if len(dy) else 0.0)
+        elif ctx.needs_input_grad[1]:
+            dw = torch.zeros_like(weight, dtype=_wide(weight))
+            for part in _parts(x):
+                p = linear_torch(x[part], weight).softmax(dim=-1, dtype=_wide(weight))
+                dlogits = _minus_onehot(p, labels[part]).mul_(-dy[part, None]).to(x.dtype)
+                _add_product_to(dw, dlogits, x[part])
+        return dx, None if dw is None else dw.to(weight.dtype), None, None
 
 
-def _add_gradients(p: Tensor, scale: Tensor | None, x: Tensor, weight: Tensor, labels: Tensor, dx, dw) -> None:
-    """From probabilities p, which it overwrites: d(-y)/dx into dx, and d(-y)/dW, rows scaled, onto dw."""
-    p.scatter_add_(1, labels.clamp(min=0)[:, None], torch.full_like(p[:, :1], -1.0))
-    if (ignored := labels == IGNORED).any():
-        p.masked_fill_(ignored[:, None], 0.0)
-    if scale is not None:
-        p *= scale[:, None]
-    dlogits = p.to(x.dtype)
-    if dx is not None:
-        torch.matmul(dlogits, weight, out=dx)
-    if dw is not None:
-        if dw.dtype == x.dtype:
-            dw.addmm_(dlogits.T, x)
-        else:  # a 16-bit product is quicker than one of fp32 copies, and rounded once a chunk
-            dw += dlogits.T @ x
+def _parts(x: Tensor) -> list[slice]:
+    return [slice(at, at + CHUNK) for at in range(0, len(x), CHUNK)]
+
+
+def _minus_onehot(p: Tensor, labels: Tensor) -> Tensor:
+    """p - onehot(labels), which is -dy/dlogits, in place of p."""
+    return p.scatter_add_(1, labels[:, None], p.new_full((len(p), 1), -1.0))
+
+
+def _add_product_to(dw: Tensor, dlogits: Tensor, x: Tensor) -> None:
+    if dw.dtype == x.dtype:
+        dw.addmm_(dlogits.T, x)
+    else:  # a 16-bit product is quicker than one of fp32 copies, and rounded once a chunk
+        dw += dlogits.T @ x
 
 
 def _wide(t: Tensor) -> torch.dtype:
@@ -233,8 +240,11 @@ def _launch(kernel, kind: str, logits: Tensor, *columns: Tensor) -> None:
     )
 
 
-def label_logprobs_triton(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """The same, holding one chunk of logits in the dtype of x. ValueError for arguments that do not fit."""
+def label_logprobs_triton(x: Tensor, weight: Tensor, labels: Tensor, summed: bool = False) -> Tensor:
+    """The same, holding one chunk of logits in the dtype of x. ValueError for arguments that do not fit.
+
+    Its backward pass computes the logits again in any case, so nothing is gained from `summed`.
+    """
     if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1] or labels.shape != x.shape[:1]:
         raise ValueError(
             f"label_logprobs: x {tuple(x.shape)}, weight {tuple(weight.shape)}, labels {tuple(labels.shape)} do not "

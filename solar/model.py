@@ -223,17 +223,21 @@ class Transformer(nn.Module):
         document_ids: Tensor | None = None,
         cache: KVCache | None = None,
         last_only: bool = False,
+        summed: bool = False,
     ) -> Tensor:
         """(B, T) ids -> logits (B, T, V); with `last_only` of the last position alone (B, 1, V).
 
         labels (B, T), aligned with the inputs: returns instead the log-probability of each label given the tokens
         before it, (B, T) in fp32: 0 where the label is -100, and where no token of the same document stands before it.
+        summed: returns their sum instead, whose gradient is cheaper than that of sums made outside.
         document_ids (B, T): tokens see only their own document, whose tokens stand together; positions restart with it.
         cache: the tokens follow those that it holds, and are added to it.
         """
         B, T = input_ids.shape
         if labels is not None and (cache is not None or last_only):
             raise ValueError("labels are scored in one pass over whole sequences, without cache and last_only")
+        if summed and labels is None:
+            raise ValueError("summed is for the log-probabilities of labels, and none are given")
         if cache is None:
             positions = torch.arange(T, device=input_ids.device)[None]
             if document_ids is not None:
@@ -256,8 +260,8 @@ class Transformer(nn.Module):
         labels = labels[:, 1:]
         if document_ids is not None:
             labels = labels.masked_fill(document_ids[:, 1:] != document_ids[:, :-1], -100)
-        logprobs = kernels.label_logprobs(x[:, :-1].flatten(0, 1), head.weight, labels.flatten())
-        return nn.functional.pad(logprobs.view(B, T - 1), (1, 0))
+        logprobs = kernels.label_logprobs(x[:, :-1].flatten(0, 1), head.weight, labels.flatten(), summed)
+        return logprobs.sum() if summed else nn.functional.pad(logprobs.view(B, T - 1), (1, 0))
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

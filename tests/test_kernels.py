@@ -454,6 +454,24 @@ def test_label_logprobs_across_the_borders_of_chunks(N, dtype):
         torch.testing.assert_close(ours, wanted, **near)
 
 
+@pytest.mark.parametrize("N", [0, 1, CHUNK, 2 * CHUNK + 7])
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_promised_sum_changes_no_gradient_whether_it_is_kept_or_not(N, kept):
+    found = []
+    for form, summed in (
+        (label_logprobs_reference, False),
+        (label_logprobs_torch, True),
+        (label_logprobs_torch, False),
+    ):
+        x, weight, labels = labelled(N)
+        x.requires_grad_(), weight.requires_grad_()
+        y = form(x, weight, labels, summed)
+        (y.sum() * 0.7 if kept else (y * weighting(y)).sum()).backward()
+        found.append((x.grad, weight.grad))
+    for ours in found[1:]:
+        torch.testing.assert_close(ours, found[0], **NEAR[torch.float64])
+
+
 @pytest.mark.parametrize("form", [label_logprobs_reference, label_logprobs_torch])
 def test_ignored_labels_give_nothing_and_take_nothing(form):
     x, weight, labels = labelled(CHUNK + 3, torch.float32)

@@ -422,6 +422,21 @@ def test_the_gradient_is_that_of_finite_differences():
         assert float((above - below) / (2 * step)) == pytest.approx(float(slope), rel=1e-5, abs=1e-5), name
 
 
+def test_the_sum_of_the_labels_is_theirs_and_so_is_its_gradient():
+    model, input_ids, labels = build(), ids(2, 9), ids(2, 9, seed=1)
+    labels[0, 3:5] = -100
+    found = []
+    for summed in (False, True):
+        loss = model(input_ids, labels=labels, summed=summed).sum()
+        loss.backward()
+        found.append([loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
+        model.zero_grad()
+    for ours, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-10, atol=1e-10)
+    with pytest.raises(ValueError, match="summed"):
+        model(input_ids, summed=True)
+
+
 # ------------------------------------------------------------ the arguments and settings, all of which count
 
 
@@ -435,11 +450,13 @@ def test_every_argument_of_the_forward_pass_changes_the_output():
         "document_ids": torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1]] * 2),
         "cache": cache,
         "last_only": True,
+        "summed": True,
     }
     assert changes.keys() == set(inspect.signature(Transformer.forward).parameters) - {"self"}
     before = model(input_ids)
     for name, value in changes.items():
-        after = model(**({"input_ids": input_ids} | {name: value}))
+        given = {"input_ids": input_ids} | ({"labels": input_ids} if name == "summed" else {})
+        after = model(**(given | {name: value}))
         assert after.shape != before.shape or not torch.allclose(after, before), name
 
 
