@@ -24,9 +24,10 @@ FORMAT = "solar reference, version 1"
 
 
 def default_path(data: str) -> Path:
-    """PAIRS.jsonl -> PAIRS.ref.jsonl, beside it."""
+    """PAIRS.jsonl, PAIRS.json or the directory PAIRS -> PAIRS.ref.jsonl, beside it."""
     path = Path(data)
-    return path.with_name(path.name.removesuffix(".jsonl") + ".ref.jsonl")
+    name = path.stem if path.suffix in (".json", ".jsonl") else path.name
+    return path.with_name(f"{name}.ref.jsonl")
 
 
 # ------------------------------------------------------------------------------------------------ reading

@@ -18,7 +18,7 @@ from solar.checkpoint import CheckpointReader, load_model, save_model
 from solar.config import ModelConfig
 from solar.corpus import Source
 from solar.examples import Example
-from solar.logps import FORMAT, Writer
+from solar.logps import FORMAT, Writer, default_path
 from solar.losses import pair_logps, preference_loss
 from solar.model import Transformer
 from solar.packed import PairBatches
@@ -159,6 +159,11 @@ def test_what_differs_is_said_with_both_values_and_the_command(name, written):
     assert f"{name} {HEADER[name]}, wanted is other" in said
     assert said.endswith("make it again:  python -m solar.reference --model m")
     assert "\n" not in said
+
+
+@pytest.mark.parametrize("data", ["a/pairs.v1.jsonl", "a/pairs.v1.json", "a/pairs.v1/"])
+def test_a_file_lies_beside_its_pairs(data):
+    assert default_path(data) == Path("a/pairs.v1.ref.jsonl")
 
 
 def test_a_file_that_is_not_there(tmp_path):
