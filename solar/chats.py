@@ -18,7 +18,6 @@ What a row must have is checked here, before anything is encoded: a ValueError s
 """
 
 import hashlib
-import json
 import statistics
 from typing import NamedTuple
 
@@ -80,12 +79,12 @@ def parse_pair(row, seed: int = 0) -> Chat:
     """A row of a preference file. Raises ValueError that says what is wrong with it.
 
     seed: for rows of scored completions, where the best is chosen and a random one of those that scored lower rejected,
-    as Zephyr did (arXiv:2310.16944, section 4.1): which one, a hash of the seed and the row decides.
+    as Zephyr did (arXiv:2310.16944, section 4.1): which one, a hash of the seed and the question decides.
     """
     _check_object(row)
     messages, context = (_conversation(row), "") if "conversations" in row else _question(row)
     if "completions" in row:
-        chosen, rejected = _best_and_another(row, seed)
+        chosen, rejected = _best_and_another(row["completions"], f"{seed} {messages}")
     else:
         for name in ("chosen", "rejected"):
             if name not in row:
@@ -184,8 +183,7 @@ def _checked(chat: Chat) -> Chat:
     return chat._replace(messages=messages, context=chat.context if chat.context.strip() else "")
 
 
-def _best_and_another(row: dict, seed: int) -> tuple[str, str]:
-    completions = row["completions"]
+def _best_and_another(completions, key: str) -> tuple[str, str]:
     if not isinstance(completions, list) or not all(isinstance(entry, dict) for entry in completions):
         raise ValueError("'completions' is no list of objects")
     scored = [(score, entry) for entry in completions if (score := _score(entry)) is not None]
@@ -193,7 +191,7 @@ def _best_and_another(row: dict, seed: int) -> tuple[str, str]:
     others = [entry for score, entry in scored if score < best]
     if not others:
         raise ValueError("no completion is scored above another")
-    digest = hashlib.blake2b(f"{seed} {json.dumps(row, sort_keys=True)}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     another = others[int.from_bytes(digest, "big") % len(others)]
     chosen = next(entry for score, entry in scored if score == best)
     return tuple(_text(entry.get("response"), "a completion's 'response'") for entry in (chosen, another))

@@ -8,6 +8,7 @@ Whoever reads a file compares its first line with what it has. Whoever writes on
 and goes on where a run of the same was interrupted.
 """
 
+import fcntl
 import itertools
 import json
 import math
@@ -23,9 +24,10 @@ FORMAT = "solar reference, version 1"
 
 
 def default_path(data: str) -> Path:
-    """PAIRS.jsonl -> PAIRS.ref.jsonl, beside it."""
+    """PAIRS.jsonl, PAIRS.json or the directory PAIRS -> PAIRS.ref.jsonl, beside it."""
     path = Path(data)
-    return path.with_name(path.name.removesuffix(".jsonl") + ".ref.jsonl")
+    name = path.stem if path.suffix in (".json", ".jsonl") else path.name
+    return path.with_name(f"{name}.ref.jsonl")
 
 
 # ------------------------------------------------------------------------------------------------ reading
@@ -116,9 +118,13 @@ class Writer:
         self.partial = path.with_name(f"{path.name}.partial")
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self.partial, "a+b")  # noqa: SIM115, it outlives this function
-        if not cli.lock(self._file.fileno()):
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             self._file.close()
-            raise ValueError(f"{self.partial} is being written by another process; wait for it, or give another --out")
+            raise ValueError(f"{self.partial} is being written by another process; wait for it") from None
+        except OSError:
+            pass  # a filesystem without locks
         self._file.seek(0)
         first, *lines = self._file.read().split(b"\n")
         self.table, sound = np.full((header["pairs"], 2), math.nan), 0
@@ -128,9 +134,11 @@ class Writer:
         if not same:
             self._file.write(_line(header))
 
-    def add(self, results: Sequence[tuple[int, float, float]]) -> None:
-        """Keep the log-probabilities of those of these pairs that have none yet. ValueError for one that is not finite:
-        nothing could learn from it."""
+    def add(self, results: Sequence[tuple[int, float, float]]) -> int:
+        """Keep the log-probabilities of those of these pairs that have none yet; returns how many those are.
+
+        Raises ValueError for one that is not finite: nothing could learn from it.
+        """
         results = [result for result in results if np.isnan(self.table[result[0], 0])]
         for index, chosen, rejected in results:
             if not (math.isfinite(chosen) and math.isfinite(rejected)):
@@ -141,6 +149,7 @@ class Writer:
             self.table[index] = chosen, rejected
         self._file.writelines(itertools.starmap(_row, results))
         self._file.flush()
+        return len(results)
 
     def publish(self) -> None:
         """Put the file in its place, its pairs in order, once everything is on the disk."""

@@ -65,15 +65,16 @@ class BothSplits:
 
     def example(self, index: int) -> list[Example]:
         """The chosen and the rejected conversation of a pair."""
-        return self.parts[index >= self.trained].example(index - self.trained * (index >= self.trained))
+        trained, held_out = self.parts
+        return trained.example(index) if index < self.trained else held_out.example(index - self.trained)
 
-    def left_out(self) -> str:
-        """What of the file is not among the pairs or not whole, by reason, each with the place where it first was."""
+    def left_out(self) -> Tally:
+        """What of the file is not among the pairs, or not whole."""
         manifest, total = self.parts[0].manifest, Tally()
         for tally in (*manifest.skipped.values(), *manifest.counts.values()):
             total.merge(tally)
-        counted = [(reason, *where) for reason, where in total.items() if reason != LEARNED]
-        return "; ".join(f"{count:,} {reason} (first {place})" for reason, count, place in counted)
+        total.pop(LEARNED, None)
+        return total
 
 
 def collate(rows: Sequence[Sequence[list[Example]]]) -> dict[str, Tensor]:
@@ -200,8 +201,7 @@ def compute(path: Path, header: dict, pairs: BothSplits, options, model: Transfo
         progress = Progress(len(pairs) - int(done.sum())) if writer else None
         for results in score(model, pairs, options.sequence_length, options.batch_size, world, done.tolist()):
             if writer:
-                writer.add(results)
-                progress.advance(len(results))
+                progress.advance(writer.add(results))
         if writer:
             writer.publish()
     finally:
@@ -284,8 +284,10 @@ def make(options: Options, world: dist.World) -> None:
             pairs=True, too_long=options.too_long, workers=options.workers, skip_bad_lines=options.skip_bad_lines,
         )  # fmt: skip
         pairs = BothSplits(directory, reader.config.vocab_size)
-        left_out = pairs.left_out()
-        say(f"pairs       {len(pairs):,} of {source.path}" + (f"; {left_out}" if left_out else ""), flush=True)
+        say(
+            "\n            ".join([f"pairs       {len(pairs):,} of {source.path}", *pairs.left_out().lines()]),
+            flush=True,
+        )
         header = header_of(reader, tokenizer, pairs, options, dtype)
         out = Path(options.out or default_path(source.path))
         table, why = dist.from_all_ranks(current(out, header) if world.rank == 0 else None, world)[0]
@@ -336,9 +338,7 @@ def check(options: Options) -> CheckpointReader:
             "shorter one"
         )
     if options.out and (options.rank_chunks or len(options.data) > 1):
-        why = (
-            "--rank-chunks writes no file" if options.rank_chunks else "each file of --data has a reference of its own"
-        )
+        why = "--rank-chunks writes nothing" if options.rank_chunks else "each of --data has a reference of its own"
         raise ValueError(f"--out {options.out}: {why}; leave it out")
     if twice := {path for path in options.data if options.data.count(path) > 1}:
         raise ValueError(f"--data {min(twice)} is given twice")
@@ -355,11 +355,7 @@ def run(options: Options) -> None:
 
 
 def main() -> None:
-    run(
-        cli.parse(
-            Options, prog="python -m solar.reference", description="Keep what a model thinks of pairs of answers."
-        )
-    )
+    run(cli.parse(Options, prog="python -m solar.reference", description="Keep what a model thinks of answers."))
 
 
 if __name__ == "__main__":

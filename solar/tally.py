@@ -1,10 +1,15 @@
 """Counts of what was left out or changed, by reason, each with the place where it first happened."""
 
+REASONS = 50  # that are told apart: a reason may quote what stands in a file
+
 
 class Tally(dict[str, tuple[int, str]]):
     """What was counted: reason -> (how often, where first)."""
 
     def add(self, reason: str, place: str = "", count: int = 1) -> None:
+        """Count it; what comes first for one reason too many goes under "other reasons"."""
+        if reason not in self and len(self) >= REASONS:
+            reason = "other reasons"
         before, first = self.get(reason, (0, place))
         self[reason] = before + count, first
 

@@ -37,6 +37,11 @@ def test_sources_are_parsed(text, source):
     assert parse_source(text) == source
 
 
+def test_no_weight_is_not_a_weight_of_1():
+    assert [parse_source(text).weight for text in ("a", "a:1", "a:1:3")] == [None, 1.0, 1.0]
+    assert [parse_source(text).share for text in ("a", "a:1", "a:.5")] == [1.0, 1.0, 0.5]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

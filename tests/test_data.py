@@ -189,6 +189,9 @@ def test_identity(batches, write, make):
     other = TokenBatches([source], [make(source.path)], 258, 8, 12, 5)
     assert other.identity()["data"][0].split()[0] == "one"
     assert other.identity()["data"][0] != identity["data"][0]
+    assert other.identity()["data"][0].endswith(" x 3")
+    bare = TokenBatches([Source(source.path)], [make(source.path)], 258, 8, 12, 5)
+    assert bare.identity()["data"][0].endswith(" x 1")
 
 
 def test_too_little_text_and_a_source_given_twice(write, make):

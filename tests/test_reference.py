@@ -18,7 +18,7 @@ from solar.checkpoint import CheckpointReader, load_model, save_model
 from solar.config import ModelConfig
 from solar.corpus import Source
 from solar.examples import Example
-from solar.logps import FORMAT, Writer
+from solar.logps import FORMAT, Writer, default_path
 from solar.losses import pair_logps, preference_loss
 from solar.model import Transformer
 from solar.packed import PairBatches
@@ -159,6 +159,11 @@ def test_what_differs_is_said_with_both_values_and_the_command(name, written):
     assert f"{name} {HEADER[name]}, wanted is other" in said
     assert said.endswith("make it again:  python -m solar.reference --model m")
     assert "\n" not in said
+
+
+@pytest.mark.parametrize("data", ["a/pairs.v1.jsonl", "a/pairs.v1.json", "a/pairs.v1/"])
+def test_a_file_lies_beside_its_pairs(data):
+    assert default_path(data) == Path("a/pairs.v1.ref.jsonl")
 
 
 def test_a_file_that_is_not_there(tmp_path):
@@ -358,7 +363,7 @@ def test_a_run_that_is_stopped_goes_on_and_ends_with_the_same_bytes(options, tmp
         if len(calls) == 3:
             raise KeyboardInterrupt
         calls.append(len(results))
-        add(self, results)
+        return add(self, results)
 
     with monkeypatch.context() as patch:
         patch.setattr(Writer, "add", stopping)
@@ -372,6 +377,30 @@ def test_a_run_that_is_stopped_goes_on_and_ends_with_the_same_bytes(options, tmp
     assert f"going on    {options().out}.partial has {sum(calls)} of 60 pairs already" in capsys.readouterr().out
     assert Path(options().out).read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ref.jsonl", "whole.jsonl"]
+
+
+def test_a_run_that_goes_on_with_other_batches_keeps_what_there_is(options, tmp_path):
+    whole = tmp_path / "whole.jsonl"
+    reference.run(options(out=str(whole)))
+    lines = whole.read_bytes().splitlines(keepends=True)
+    kept = [b'{"pair": %d, "chosen": -%d.5, "rejected": -2.25}\n' % (i, i) for i in range(4, 29)]
+    (tmp_path / "ref.jsonl.partial").write_bytes(b"".join([lines[0], *kept, lines[31][:-5]]))
+    reference.run(options(batch_size=3))
+    assert Path(options().out).read_bytes().splitlines(keepends=True)[5:30] == kept
+    np.testing.assert_allclose(values(options().out)[29:], values(whole)[29:], rtol=1e-5)
+
+
+def test_what_is_left_out_is_told(options, workplace, tmp_path, capsys):
+    rows = (workplace / "few.jsonl").read_text()
+    long = json.dumps({"prompt": "Why?", "chosen": "So. " * 200, "rejected": "No."})
+    (tmp_path / "some.jsonl").write_text(rows + long + '\n{"prompt": "Why?", "chosen": "So."}\n')
+    with pytest.raises(ValueError, match=r"some.jsonl, line 22: no 'rejected'"):
+        reference.run(options(data=[str(tmp_path / "some.jsonl")]))
+    reference.run(options(data=[str(tmp_path / "some.jsonl")], skip_bad_lines=True))
+    said = capsys.readouterr().out
+    assert "pairs       20 of " in said
+    assert re.search(r"dropped, longer than 160 tokens: 1 \(first: .*line 21\)", said)
+    assert re.search(r"no 'rejected': 1 \(first: .*line 22\)", said)
 
 
 def test_two_ranks_share_the_rows(options, tmp_path):
@@ -408,12 +437,12 @@ def test_chunks_are_ranked_and_nothing_is_written(options, workplace, capsys):
         ({"batch_size": 0}, "--batch-size 0: at least 1 is needed"),
         ({"sequence_length": 257}, "--sequence-length 257: the model has room for 256 positions"),
         ({"holdout": 1.5}, "--holdout 1.5: a share between 0 and 1"),
-        ({"rank_chunks": True}, "--rank-chunks writes no file; leave it out"),
-        ({"data": ["a.jsonl", "b.jsonl"]}, "each file of --data has a reference of its own; leave it out"),
+        ({"rank_chunks": True}, "--rank-chunks writes nothing; leave it out"),
+        ({"data": ["a.jsonl", "b.jsonl"]}, "each of --data has a reference of its own; leave it out"),
         ({"data": ["a.jsonl", "a.jsonl"], "out": None}, "--data a.jsonl is given twice"),
         ({"data": ["nowhere.jsonl"]}, "nowhere.jsonl"),
         ({"model": "nowhere"}, "nowhere: no such directory"),
-        ({"sequence_length": 8}, "no example in it is left; 60 dropped, longer than 8 tokens"),
+        ({"sequence_length": 8}, "no example in it is left; dropped, longer than 8 tokens: 60"),
         ({"template": "chatml"}, "<|im_start|>"),
     ],
     ids=str,

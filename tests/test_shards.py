@@ -283,6 +283,9 @@ def test_a_file_that_was_cut_short_or_is_gone(name, made):
         lambda raw: raw["splits"].pop("heldout"),
         lambda raw: raw["files"].pop("train.offsets"),
         lambda raw: raw["files"].update({"train.offsets": 3}),
+        lambda raw: raw.update(counts=3),
+        lambda raw: raw.update(counts={"train": {"dropped": 3}}),
+        lambda raw: raw.update(skipped={"a.jsonl": {"no JSON": ["x", "line 1"]}}),
     ],
 )
 def test_a_damaged_manifest(damage, made):

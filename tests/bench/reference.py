@@ -19,7 +19,7 @@ from solar.model import Transformer
 from solar.packing import pack
 from tests.bench.train_costs import config_of
 
-PAIRS, LENGTH, BATCH, TURNS = 80, 512, 4, 5
+PAIRS, LENGTH, BATCH, TURNS = 48, 512, 4, 5
 
 
 class Random:
