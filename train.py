@@ -10,13 +10,11 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
-import re
-import resource
 import signal
 import sys
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -24,41 +22,62 @@ import torch
 from torch import Tensor
 
 from kernels import CHOICES, select
-from solar import cli, corpus, data, dist, optim, shards, snapshot
+from solar import cli, data, dist, examples, losses, optim, packed, snapshot
 from solar.checkpoint import CheckpointReader, parse_dtype
-from solar.config import ModelConfig
-from solar.losses import learned
+from solar.inputs import Job, packed_chats, preference_pairs, token_batches
+from solar.meter import Meter
 from solar.model import Transformer
-from solar.tokenizer import Tokenizer
+from solar.tokenizer import TEMPLATES, Tokenizer
 
 # ------------------------------------------------------------------------------------------------ stages
 
 
-def token_batches(options: "Options", tokenizer: Tokenizer, config: ModelConfig) -> data.TokenBatches:
-    """The pretraining stage's batches: documents joined into one stream per source, cut into sequences."""
-    sources = [corpus.parse_source(text) for text in options.data]
-    prepared = [
-        shards.prepare(
-            source, tokenizer, Path(options.data_cache), options.holdout, options.workers, options.skip_bad_lines
-        )
-        for source in sources
-    ]
-    return data.TokenBatches(
-        sources, prepared, config.vocab_size, options.sequence_length, options.batch_size, options.seed,
-        options.document_mask,
-    )  # fmt: skip
-
-
 def lm_objective(model: Transformer, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """The sum of -log p(label | tokens before it), the number of learned labels, and nothing further to report."""
-    logps = model(batch["input_ids"], labels=batch["labels"], document_ids=batch.get("document_ids"))
-    return -logps.sum(), learned(batch["labels"]).sum(), {}
+    document_ids = batch.get("document_ids")
+    loss = -model(batch["input_ids"], labels=batch["labels"], document_ids=document_ids, summed=True)
+    return loss, losses.learned(batch["labels"]).sum(), {}
 
 
-# Stage -> its batches, and its objective: (model, batch) -> (sum of losses, count, further sums to report).
+def dpo_objective(
+    model: Transformer, batch: dict[str, Tensor], beta: float, loss: str, label_smoothing: float, sft_weight: float
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The sum of the losses of the batch's pairs, how many there are, and sums of their rewards, margins and so on."""
+    logps = model(batch["input_ids"], labels=batch["labels"], document_ids=batch["document_ids"])
+    return losses.preference_loss(logps, batch, beta, loss, label_smoothing, sft_weight)
+
+
+class Stage(NamedTuple):
+    """What a stage learns from, and how. The objective: (model, batch) -> (sum of losses, count, sums to report).
+
+    unit: what the count counts. settings: options that the objective takes too. defaults: of options not given.
+    """
+
+    batches: Callable[[Job], data.Batches]
+    objective: Callable[..., tuple[Tensor, Tensor, dict[str, Tensor]]]
+    unit: str
+    settings: tuple[str, ...]
+    defaults: dict[str, object]
+
+
+# The learning rates: 3e-4 is right for pretraining models below 1B, about 1e-4 or less for 10B (LLaMA Pro trains its
+# new layers with 2e-4); 2e-5 and 5e-7 are what Zephyr took at 7B, which SOLAR followed (arXiv:2310.16944).
 STAGES = {
-    "pretrain": (token_batches, lm_objective),
-}
+    "pretrain": Stage(
+        token_batches, lm_objective, "tokens", (),
+        {"model": "out/solar", "data": ["stdlib:0.5", "problems:0.5"], "sequence_length": 256, "lr": 3e-4,
+         "max_steps": 200},
+    ),
+    "sft": Stage(
+        packed_chats, lm_objective, "tokens", (),
+        {"model": "out/pretrain/model", "sequence_length": 1024, "lr": 2e-5, "epochs": 1.0},
+    ),
+    "dpo": Stage(
+        preference_pairs, dpo_objective, "pairs", ("beta", "loss", "label_smoothing", "sft_weight"),
+        {"model": "out/sft/model", "sequence_length": 1024, "lr": 5e-7, "epochs": 1.0},
+    ),
+}  # fmt: skip
+LENGTHS = ("max_steps", "max_tokens", "epochs")  # each says how long a run is; one of them is given
 
 
 SKIPS_IN_A_ROW = 10  # updates that --on-nonfinite skip may leave out before it gives up
@@ -67,8 +86,8 @@ SKIPS_IN_A_ROW = 10  # updates that --on-nonfinite skip may leave out before it 
 class Outcome(NamedTuple):
     """What a step came to, over all ranks."""
 
-    loss: float  # a learned token
-    count: int  # of learned tokens
+    loss: float  # a mean over the learned tokens, or the pairs
+    count: int  # of those
     grad_norm: float
     sums: dict[str, float]
     finite: bool
@@ -113,28 +132,52 @@ def training_step(model, optimizer, objective, micro_batches, lr: float, clip: f
 # ------------------------------------------------------------------------------------------------ the run
 
 
+def by_stage(what: str, option: str) -> str:
+    """The help of an option whose default hangs on the stage."""
+    defaults = {stage: STAGES[stage].defaults[option] for stage in STAGES if option in STAGES[stage].defaults}
+    told = ", ".join(
+        f"{stage} {' '.join(value) if isinstance(value, list) else value}" for stage, value in defaults.items()
+    )
+    return f"{what} (default: {told})"
+
+
 @dataclass
 class Options:
     stage: Literal[tuple(STAGES)] = cli.flag("pretrain", help="what to train for")
-    model: str = cli.flag("out/solar", help="model directory to begin with", metavar="DIR")
-    data: list[str] = cli.flag(
-        ["stdlib:0.5", "problems:0.5"],
-        help="text or jsonl files, folders of them, what `python -m solar.data` wrote, or the built-in corpora stdlib "
-        "and problems; the weight is a share of the sequences, the limit a number of documents",
+    model: str | None = cli.flag(None, help=by_stage("model directory to begin with", "model"), metavar="DIR")
+    data: list[str] | None = cli.flag(
+        None,
+        help=by_stage(
+            "pretrain: text or jsonl files, folders of them, what `python -m solar.data` wrote, or the built-in "
+            "corpora stdlib and problems; sft and dpo: files of rows in the usual shapes (solar/chats.py). The weight "
+            "is a share of the sequences, the limit a number of documents or rows", "data"
+        ),
         metavar="PATH[:WEIGHT[:LIMIT]]",
+    )  # fmt: skip
+    out: str | None = cli.flag(
+        None, help="directory for checkpoints, metrics and the trained model (default: out/STAGE)", metavar="DIR"
     )
-    out: str = cli.flag("out/pretrain", help="directory for checkpoints, metrics and the trained model", metavar="DIR")
-    max_steps: int = cli.flag(200, help="length of the run; the learning rate is planned for it")
-    max_tokens: int | None = cli.flag(None, help="length of the run in tokens, instead of --max-steps")
-    sequence_length: int = cli.flag(256, help="tokens in a sequence")
+    max_steps: int | None = cli.flag(None, help=by_stage("length of the run; the learning rate follows", "max_steps"))
+    max_tokens: int | None = cli.flag(None, help="length of the run in tokens of its batches, instead")
+    epochs: float | None = cli.flag(None, help=by_stage("length of the run in passes over the data, instead", "epochs"))
+    sequence_length: int | None = cli.flag(None, help=by_stage("tokens in a sequence", "sequence_length"))
     batch_size: int = cli.flag(8, help="sequences in a step, over all ranks and micro-batches")
     micro_batch_size: int | None = cli.flag(
         None, help="sequences that a rank holds at once; fewer need less memory (default: its share of the batch)"
     )
-    document_mask: bool = cli.flag(False, help="packed documents do not see each other")
-    # A twentieth of the steps for warm-up and a decay to a tenth are what most published runs agree on; 3e-4 is right
-    # for models below 1B, about 1e-4 or less for 10B (LLaMA Pro trains its new layers with 2e-4).
-    lr: float = cli.flag(3e-4, help="the highest learning rate")
+    document_mask: bool = cli.flag(False, help="pretrain: packed documents do not see each other (others never do)")
+    template: Literal[tuple(TEMPLATES)] = cli.flag("solar", help="sft, dpo: how a conversation becomes text")
+    too_long: Literal[examples.TOO_LONG] = cli.flag("drop", help="sft, dpo: for examples longer than a sequence")
+    reference: list[str] | None = cli.flag(
+        None, help="dpo: what `python -m solar.reference` wrote (default: beside each of --data)", metavar="FILE"
+    )
+    beta: float = cli.flag(0.1, help="dpo: how much it costs to leave the reference")
+    loss: Literal[losses.KINDS] = cli.flag("sigmoid", help="dpo: the loss of a pair")
+    label_smoothing: float = cli.flag(0.0, help="dpo: share of pairs taken to stand the wrong way round")
+    sft_weight: float = cli.flag(0.0, help="dpo: weight of -log p a token of the chosen answer, beside the loss")
+    show_batch: bool = cli.flag(False, help="print the first sequences, what is learned set off, and stop")
+    # A twentieth of the steps for warm-up and a decay to a tenth are what most published runs agree on.
+    lr: float | None = cli.flag(None, help=by_stage("the highest learning rate", "lr"))
     warmup_steps: int = cli.flag(10, help="steps over which the learning rate rises")
     schedule: Literal[optim.SCHEDULES] = cli.flag("cosine", help="of the learning rate; wsd: warm-up, stable, decay")
     min_lr: float = cli.flag(0.1, help="the last learning rate, as a share of the highest")
@@ -165,56 +208,100 @@ class Options:
     kernels: Literal[CHOICES] = cli.flag("auto", help="which implementation of the operations")
     data_cache: str = cli.flag("out/data", help="directory that keeps tokenised data", metavar="DIR")
     workers: int | None = cli.flag(None, help="processes that tokenise (default: one a core)")
-    skip_bad_lines: bool = cli.flag(False, help="count jsonl lines that cannot be read instead of stopping")
+    skip_bad_lines: bool = cli.flag(False, help="count lines that cannot be used instead of stopping")
+
+    def __post_init__(self):
+        """Fill in what hangs on the stage."""
+        length_given = any(getattr(self, name) is not None for name in LENGTHS)
+        for name, value in (STAGES[self.stage].defaults | {"out": f"out/{self.stage}"}).items():
+            if getattr(self, name) is None and not (name in LENGTHS and length_given):
+                setattr(self, name, value)
 
 
 def train(options: Options, world: dist.World) -> None:
     """Read the model, train it, leave it in OUT/model; go on from the latest checkpoint of OUT if it has one."""
-    out, model_dir = Path(options.out), Path(options.model)
+    out, model_dir, stage = Path(options.out), Path(options.model), STAGES[options.stage]
     say = print if world.rank == 0 else lambda *_, **__: None
     select(options.kernels)
     reader = CheckpointReader(model_dir)
-    steps = check(options, reader.config, world)
+    check(options, reader, world)
     say(cli.command_line(options, "options     "))
-    make_batches, objective = STAGES[options.stage]
-    batches = make_batches(options, Tokenizer(model_dir), reader.config)
-    model, optimizer = build(options, reader, world, say)
-    record = {
-        "step": 0,
-        "tokens": 0,
-        "identity": {
-            "stage": options.stage,
-            "model": reader.fingerprint(),
-            "optimizer_dtype": options.optimizer_dtype,
-            **batches.identity(),
-        },
-        "options": dataclasses.asdict(options),
-    }
-    snapshots = snapshot.Snapshots(
-        out / "checkpoints", options.keep, world.rank, world.size, world.background, reader.config, model_dir,
-        options.on_save_error,
-    )  # fmt: skip
-    if found := find_checkpoint(options, snapshots, world):
-        record = resume(found, model, optimizer, record, steps, say)
-    if world.rank == 0:
-        (out / "options.json").write_text(json.dumps(record["options"], indent=2) + "\n", encoding="utf-8")
+    compute = compute_dtype(options, world)
+    tokenizer = Tokenizer(model_dir)
+    batches = stage.batches(Job(options, reader, tokenizer, compute))
+    for line in batches.describe():
+        say(f"data        {line}")
+    if options.show_batch:
+        say(packed.show(batches.batch(0), tokenizer, *[packed.COLOURED] * sys.stdout.isatty()))
+        return
+    steps = length(options, batches)
+    with dist.alone_in(out, world):
+        model, optimizer = build(options, reader, compute, world, say)
+        record = {
+            "step": 0,
+            stage.unit: 0,
+            "identity": {
+                "stage": options.stage,
+                "model": reader.fingerprint(),
+                "optimizer_dtype": options.optimizer_dtype,
+                **batches.identity(),
+            },
+            "options": dataclasses.asdict(options),
+        }
+        snapshots = snapshot.Snapshots(
+            out / "checkpoints", options.keep, world.rank, world.size, world.background, reader.config, model_dir,
+            options.on_save_error,
+        )  # fmt: skip
+        if found := find_checkpoint(options, snapshots, world):
+            record = resume(found, model, optimizer, record, steps, say)
+        if world.rank == 0:
+            (out / "options.json").write_text(json.dumps(record["options"], indent=2) + "\n", encoding="utf-8")
+        with contextlib.closing(snapshots):
+            record = loop(options, reader, batches, model, optimizer, record, steps, snapshots, world, say)
+        last = snapshots.written or found
+        if last is None or snapshot.read_manifest(last)["step"] != record["step"]:
+            raise OSError(
+                f"step {record['step']} could not be saved; the newest checkpoint is {last}: make room, start again"
+            )
+        if record["step"] < steps:
+            say(f"stopped after step {record['step']} of {steps}, which is saved; the same command goes on from there")
+            sys.exit(128 + signal.SIGTERM)
+        if world.rank == 0:
+            snapshot.export(last, out / "model", dtype=reader.dtype, force=True)
+        dist.wait_for_all(world)
+    say(out / "model")
+
+
+def loop(options: Options, reader, batches, model, optimizer, record: dict, steps: int, snapshots, world, say) -> dict:
+    """The steps from where the record stands, with what they print, log, evaluate and save. Returns the last record."""
+    stage, out = STAGES[options.stage], Path(options.out)
+    objective = partial(stage.objective, **{name: getattr(options, name) for name in stage.settings})
     log = cli.MetricsLog(out / "metrics.jsonl", after_step=record["step"]) if world.rank == 0 else None
-    meter = Meter(reader.config, options, record["step"], steps, world)
+    meter = Meter(
+        reader.config, options.batch_size, options.sequence_length, stage.unit, record["step"], steps, world.device,
+        world.size, compute_dtype(options, world),
+    )  # fmt: skip
 
     def evaluate_after(step: int) -> None:
-        losses = evaluate(model, batches, options, world)
-        if not losses:
-            say("held out: no documents, so nothing is evaluated")
-        for source, (loss, count) in losses.items():
-            say(f"held out {source}: loss {loss:.4f}, perplexity {perplexity(loss):.2f}, {count:,} tokens", flush=True)
+        results = evaluate(model, objective, batches, options, world)
+        if not results:
+            say("held out: nothing, so nothing is evaluated")
+        for source, (loss, count, sums) in results.items():
+            means = sums or {"perplexity": math.exp(min(loss, 700.0))}
+            told = "".join(f", {name.replace('_', ' ')} {value:.2f}" for name, value in means.items())
+            say(f"held out {source}: loss {loss:.4f}{told}, {count:,} {stage.unit}", flush=True)
         if log:
-            log.write({"step": step, "heldout": {source: loss for source, (loss, _) in losses.items()}})
+            log.write(
+                {"step": step, "heldout": {source: loss for source, (loss, _, _) in results.items()}}
+                | {name: {source: sums[name] for source, (_, _, sums) in results.items()}
+                   for _, _, sums in list(results.values())[:1] for name in sums}
+            )  # fmt: skip
 
     if options.eval_every and record["step"] == 0:
         evaluate_after(0)
-    stop, skipped = Interruption(), 0
+    stop, skipped = cli.Interruption(), 0
     upcoming = batches.steps(record["step"], steps, world.rank, world.size, micro_batch_size(options, world))
-    with contextlib.closing(snapshots), contextlib.closing(upcoming):
+    with contextlib.closing(upcoming):
         for step, micro_batches in enumerate(upcoming, start=record["step"] + 1):
             lr = optim.learning_rate(
                 step - 1, steps, options.lr, options.warmup_steps, options.schedule, options.min_lr, options.decay
@@ -223,7 +310,7 @@ def train(options: Options, world: dist.World) -> None:
             skipped = 0 if outcome.finite else skipped + 1
             if skipped:
                 report_nonfinite(outcome, step, skipped, options, world, say)
-            record |= {"step": step, "tokens": record["tokens"] + outcome.count}
+            record |= {"step": step, stage.unit: record[stage.unit] + outcome.count}
             entry = meter.entry(step, lr, outcome)
             say(meter.line(entry), flush=True)
             if log:
@@ -236,28 +323,26 @@ def train(options: Options, world: dist.World) -> None:
                 break
             meter.lap()
         snapshots.wait()
-    last = snapshots.written or found
-    if last is None or snapshot.read_manifest(last)["step"] != record["step"]:
-        raise OSError(
-            f"step {record['step']} could not be saved; the newest checkpoint is {last}: make room, start again"
-        )
-    if record["step"] < steps:
-        say(f"stopped after step {record['step']} of {steps}, which is saved; the same command goes on from there")
-        sys.exit(128 + signal.SIGTERM)
-    if world.rank == 0:
-        snapshot.export(last, out / "model", dtype=reader.dtype, force=True)
-    dist.wait_for_all(world)
-    say(out / "model")
+    return record
 
 
-def check(options: Options, config: ModelConfig, world: dist.World) -> int:
-    """How many steps the run has. ValueError for options that cannot be."""
+def check(options: Options, reader: CheckpointReader, world: dist.World) -> None:
+    """Raise ValueError for options that cannot be."""
+    stage, room = STAGES[options.stage], reader.config.max_position_embeddings
+    if not options.data:
+        raise ValueError(f"--stage {options.stage} learns from files of your own: name them with --data")
+    if len(given := [name for name in LENGTHS if getattr(options, name) is not None]) > 1:
+        raise ValueError(f"--{given[0]} and --{given[1]} both say how long the run is: give one".replace("_", "-"))
+    if "beta" in stage.settings:
+        losses.check_preference(options.beta, options.loss, options.label_smoothing, options.sft_weight)
+    elif options.reference:
+        raise ValueError(f"--reference is for --stage dpo, not for {options.stage}; leave it out")
     at_least_1 = ("max_steps", "max_tokens", "sequence_length", "batch_size", "micro_batch_size", "save_every", "keep")
     shares = ("min_lr", "decay", "holdout")
     for names, sound, wanted in (
         ((*at_least_1, "eval_sequences"), lambda value: value >= 1, "at least 1"),
         (("warmup_steps", "eval_every", "weight_decay"), lambda value: 0 <= value < math.inf, "at least 0"),
-        (("lr", "clip"), lambda value: 0 < value < math.inf, "a number above 0"),
+        (("lr", "clip", "epochs"), lambda value: 0 < value < math.inf, "a number above 0"),
         (shares, lambda value: 0 <= value <= 1, "a share between 0 and 1"),
     ):
         for name in names:
@@ -266,9 +351,9 @@ def check(options: Options, config: ModelConfig, world: dist.World) -> int:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: {wanted} is needed")
     if options.sequence_length < 2:
         raise ValueError("--sequence-length 1: a token is learned from those before it, so at least 2 are needed")
-    if options.sequence_length > config.max_position_embeddings:
+    if options.sequence_length > room:
         raise ValueError(
-            f"--sequence-length {options.sequence_length}: the model has room for {config.max_position_embeddings} "
+            f"--sequence-length {options.sequence_length}: the model has room for {room} "
             f"positions (max_position_embeddings of {options.model}); give a shorter one"
         )
     if len(options.betas) != 2 or not all(0 <= beta < 1 for beta in options.betas):
@@ -282,9 +367,14 @@ def check(options: Options, config: ModelConfig, world: dist.World) -> int:
     cli.check_output(Path(options.out) / "model", force=True)  # now, and not when everything has been trained
     if options.cpu_offload and world.device.type == "cpu":
         raise ValueError("--cpu-offload: without a GPU everything is in the CPU's memory already; leave it out")
-    if options.max_tokens is None:
+
+
+def length(options: Options, batches: data.Batches) -> int:
+    """How many steps the run has."""
+    if options.max_steps is not None:
         return options.max_steps
-    return max(math.ceil(options.max_tokens / (options.batch_size * options.sequence_length)), 1)
+    rows = options.epochs * batches.epoch_rows if options.epochs else options.max_tokens / options.sequence_length
+    return max(math.ceil(rows / options.batch_size), 1)
 
 
 def micro_batch_size(options: Options, world: dist.World) -> int:
@@ -292,13 +382,12 @@ def micro_batch_size(options: Options, world: dist.World) -> int:
 
 
 def build(
-    options: Options, reader: CheckpointReader, world: dist.World, say
+    options: Options, reader: CheckpointReader, compute: torch.dtype, world: dist.World, say
 ) -> tuple[Transformer, torch.optim.Optimizer]:
     """The sharded model with its weights, and its optimizer. Says what is trained and in which types."""
     with torch.device("meta"):
         model = Transformer(reader.config).to(parse_dtype(options.param_dtype))
-    trainable = choose_trainable(model, options.train, reader.path)
-    compute = compute_dtype(options, world)
+    trainable = optim.choose_trainable(model, options.train, reader.path)
     dist.shard(model, world, compute, options.recompute, options.compile, options.cpu_offload)
     dist.load_weights(model, reader, world)
     optimizer = optim.build_optimizer(
@@ -318,32 +407,6 @@ def build(
 
 def compute_dtype(options: Options, world: dist.World) -> torch.dtype:
     return parse_dtype(options.dtype if options.dtype != "auto" else "bf16" if world.device.type == "cuda" else "fp32")
-
-
-def choose_trainable(model: Transformer, choice: str, model_dir: Path) -> int:
-    """Freeze all parameters but the chosen ones; returns how many numbers those hold.
-
-    "new" takes the layers that up-scaling added and nothing else, neither embeddings nor norms of the base: LLaMA Pro's
-    recipe (arXiv:2401.02415, section 3.3). Raises ValueError if nothing is left to train.
-    """
-    if choice == "new":
-        record = model_dir / "upscale.json"
-        if not record.is_file():
-            raise ValueError(f"--train new: {record} would say which layers are new, but is not there")
-        new = {str(layer) for layer in json.loads(record.read_text(encoding="utf-8"))["new_layers"]}
-        chosen = lambda name: name.startswith("model.layers.") and name.split(".")[2] in new
-    else:
-        try:
-            pattern = re.compile("" if choice == "all" else choice)
-        except re.error as error:
-            raise ValueError(f"--train {choice}: not all, not new, and no regular expression: {error}") from None
-        chosen = lambda name: pattern.search(name) is not None
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(chosen(name))
-    count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    if not count:
-        raise ValueError(f"--train {choice}: no parameter is left to train; names look like {name}")
-    return count
 
 
 def find_checkpoint(options: Options, snapshots: snapshot.Snapshots, world: dist.World) -> Path | None:
@@ -401,108 +464,24 @@ def report_nonfinite(outcome: Outcome, step: int, in_a_row: int, options: Option
 
 
 @torch.no_grad()
-def evaluate(model: Transformer, batches, options: Options, world: dist.World) -> dict[str, tuple[float, int]]:
-    """Held-out source -> mean loss of a token and how many were scored. The ranks share the sequences."""
-    losses = {}
+def evaluate(
+    model: Transformer, objective, batches: data.Batches, options: Options, world: dist.World
+) -> dict[str, tuple[float, int, dict[str, float]]]:
+    """Held-out source -> mean loss, how many tokens or pairs were scored, and the means of what the objective reports.
+    The ranks share the sequences."""
+    results = {}
     for source, held_out in batches.heldout(
         micro_batch_size(options, world), world.rank, world.size, options.eval_sequences
     ):
-        sums = torch.zeros(2, dtype=torch.float64, device=world.device)
+        totals = 0.0
         for batch in held_out:
-            loss, count, _ = lm_objective(model, {name: tensor.to(world.device) for name, tensor in batch.items()})
-            sums += torch.stack([loss.double(), count.double()])
-        loss, count = dist.sum_over_ranks(sums).tolist()
-        losses[source] = (loss / max(count, 1), int(count))
+            loss, count, sums = objective(model, {name: tensor.to(world.device) for name, tensor in batch.items()})
+            totals = totals + torch.stack([value.double() for value in (loss, count, *sums.values())])
+        loss, count, *rest = dist.sum_over_ranks(totals).tolist()
+        mean = lambda total, count=count: total / max(count, 1)
+        results[source] = mean(loss), int(count), dict(zip(sums, map(mean, rest), strict=True))
     dist.free_gathered(model)
-    return losses
-
-
-def perplexity(loss: float) -> float:
-    return math.exp(min(loss, 700.0))
-
-
-class Interruption:
-    """Whether to stop after the step: SIGTERM or Ctrl-C ask for it; a second one ends the process at once.
-
-    (At once when Python comes to it: not while a rank waits for another in a collective.)
-    """
-
-    def __init__(self):
-        self.asked = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._ask)
-
-    def __call__(self) -> bool:
-        return self.asked
-
-    def _ask(self, number: int, _frame) -> None:
-        # torchrun passes on a Ctrl-C that the terminal has sent to its ranks already: that is still the first one.
-        if self.asked and time.monotonic() - self.when > 1:
-            os._exit(128 + number)
-        if not self.asked:
-            self.asked, self.when = True, time.monotonic()
-            print("stopping after this step; once more to stop at once", file=sys.stderr, flush=True)
-
-
-class Meter:
-    """What a step's line and its entry in metrics.jsonl say.
-
-    MFU, model FLOPs utilisation (arXiv:2204.02311, appendix B): the operations that the model needs for the tokens,
-    recomputation not counted, over what these devices could do in the time. The latter is measured at the start, by a
-    large product of random matrices, and not taken from a data sheet.
-    """
-
-    def __init__(self, config: ModelConfig, options: Options, first: int, steps: int, world: dist.World):
-        self.tokens = options.batch_size * options.sequence_length
-        self.flops = self.tokens * config.training_flops(options.sequence_length)
-        self.device, self.steps, self.first = world.device, steps, first
-        self.peak = world.size * matrix_rate(world.device, compute_dtype(options, world))
-        self.start = self.before = time.monotonic()
-
-    def entry(self, step: int, lr: float, outcome: Outcome) -> dict:
-        now = time.monotonic()
-        seconds = now - self.before
-        left = (now - self.start) / (step - self.first) * (self.steps - step)
-        on_gpu = self.device.type == "cuda"
-        return {
-            "step": step,
-            "loss": outcome.loss,
-            **outcome.sums,
-            "lr": lr,
-            "grad_norm": outcome.grad_norm,
-            "tokens": outcome.count,
-            "tokens_per_second": self.tokens / seconds,
-            "mfu": self.flops / seconds / self.peak,
-            "memory_bytes": torch.cuda.max_memory_allocated()
-            if on_gpu
-            else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-            "seconds_left": left,
-        }
-
-    def lap(self) -> None:
-        """The next step's time begins here: it does not pay for evaluating and saving."""
-        self.before = time.monotonic()
-
-    def line(self, entry: dict) -> str:
-        width = len(str(self.steps))
-        return (
-            f"step {entry['step']:{width}}/{self.steps}  loss {entry['loss']:.4f}  lr {entry['lr']:.2e}  "
-            f"norm {entry['grad_norm']:.2f}  {entry['tokens_per_second']:,.0f} tokens/s  mfu {entry['mfu']:.0%}  "
-            f"{cli.human_bytes(entry['memory_bytes'])}  {cli.human_seconds(entry['seconds_left'])} left"
-        )
-
-
-def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a large matrix product on one device: the best of twenty, after one to warm up."""
-    size = 8192 if device.type == "cuda" else 1024
-    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
-    seconds = []
-    for _ in range(21):
-        start = time.perf_counter()
-        product = a @ b
-        product[0, 0].item()  # waits for the device
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds[1:])
+    return results
 
 
 def run(options: Options) -> None:

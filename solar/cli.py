@@ -119,6 +119,29 @@ def _exit_on_signal(number: int, _) -> None:
     sys.exit(128 + number)
 
 
+class Interruption:
+    """Whether to stop after the step: SIGTERM or Ctrl-C ask for it; a second one ends the process at once.
+
+    (At once when Python comes to it: not while a rank waits for another in a collective.)
+    """
+
+    def __init__(self):
+        self.asked = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask)
+
+    def __call__(self) -> bool:
+        return self.asked
+
+    def _ask(self, number: int, _frame) -> None:
+        # torchrun passes on a Ctrl-C that the terminal has sent to its ranks already: that is still the first one.
+        if self.asked and time.monotonic() - self.when > 1:
+            os._exit(128 + number)
+        if not self.asked:
+            self.asked, self.when = True, time.monotonic()
+            print("stopping after this step; once more to stop at once", file=sys.stderr, flush=True)
+
+
 def describe(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno is not None:
         reason = "no space left on the disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
@@ -323,6 +346,17 @@ def lock(descriptor: int, wait: bool = False) -> bool:
     except OSError:
         return False
     return True
+
+
+def is_busy(descriptor: int) -> bool:
+    """Lock a file as `lock` does a directory; True if another process has it. Where nobody can lock, it counts as free."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def fsync(path: Path) -> None:

@@ -73,6 +73,10 @@ class Batches:
         """Rows in one pass over the data. Sources with weights of their own do not end together: it is their sum."""
         return sum(self.sizes)
 
+    def describe(self) -> list[str]:
+        """Lines that say what there is to learn from, and what was left out and why."""
+        return []
+
     def identity(self) -> dict:
         """What must not change when a run goes on, for its steps to see the samples that they would have seen."""
         raise NotImplementedError

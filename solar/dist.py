@@ -5,11 +5,14 @@ layer runs its parts are gathered, in the compute dtype, and freed again afterwa
 each rank's part (arXiv:2304.11277, arXiv:1910.02054). One process takes the same path with a group of one.
 """
 
+import contextlib
 import functools
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from solar import cli
 from solar.checkpoint import CheckpointReader
 from solar.model import Transformer
 
@@ -211,3 +215,15 @@ def from_all_ranks(value: Any, world: World) -> list:
 
 def wait_for_all(world: World) -> None:
     dist.barrier(group=world.control)
+
+
+@contextlib.contextmanager
+def alone_in(directory: Path, world: World) -> Iterator[None]:
+    """Make a directory and hold it for this job. ValueError, on all ranks, if another job is at work in it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    # Not the directory itself: whoever publishes something inside locks that for a moment.
+    with open(directory / ".running", "ab") as file:
+        busy = world.rank == 0 and cli.is_busy(file.fileno())
+        if any(from_all_ranks(busy, world)):
+            raise ValueError(f"{directory}: another run is at work in it; wait for its end, or give another --out")
+        yield

@@ -6,9 +6,12 @@ smaller than half a bf16 step (a relative 2^-9) would otherwise be lost every ti
 moment that forgets 5% a step would be stuck where it is. (A gradient in bf16 is rounded to nearest.)
 """
 
+import json
 import math
+import re
 import zlib
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +36,32 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str
         share = max(step + 1 - (steps - falling), 0) / falling
         return peak * (1 - (1 - floor) * share)
     return peak
+
+
+def choose_trainable(model: nn.Module, choice: str, model_dir: Path) -> int:
+    """Freeze all parameters but the chosen ones; returns how many numbers those hold.
+
+    "new" takes the layers that up-scaling added and nothing else, neither embeddings nor norms of the base: LLaMA Pro's
+    recipe (arXiv:2401.02415, section 3.3). Raises ValueError if nothing is left to train.
+    """
+    if choice == "new":
+        record = model_dir / "upscale.json"
+        if not record.is_file():
+            raise ValueError(f"--train new: {record} would say which layers are new, but is not there")
+        new = {str(layer) for layer in json.loads(record.read_text(encoding="utf-8"))["new_layers"]}
+        chosen = lambda name: name.startswith("model.layers.") and name.split(".")[2] in new
+    else:
+        try:
+            pattern = re.compile("" if choice == "all" else choice)
+        except re.error as error:
+            raise ValueError(f"--train {choice}: not all, not new, and no regular expression: {error}") from None
+        chosen = lambda name: pattern.search(name) is not None
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(chosen(name))
+    count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    if not count:
+        raise ValueError(f"--train {choice}: no parameter is left to train; names look like {name}")
+    return count
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:

@@ -140,7 +140,8 @@ def test_the_first_update_is_the_one_that_autograd_and_adamw_give(options, workp
     train.run(one)
     model = load_model(workplace / "model").float()
     optimizer = torch.optim.AdamW(train.optim.parameter_groups(model, 0.1), lr=one.lr, betas=(0.9, 0.95))
-    batches = train.token_batches(one, train.Tokenizer(workplace / "model"), CONFIG)
+    job = train.Job(one, CheckpointReader(workplace / "model"), train.Tokenizer(workplace / "model"), torch.float32)
+    batches = train.token_batches(job)
     ids = batches.batch(0)["input_ids"]
     loss = torch.nn.functional.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     loss.backward()
@@ -410,7 +411,7 @@ def test_a_nonfinite_batch_can_be_skipped(options, monkeypatch, capsys):
         loss, count, further = train.lm_objective(model, batch)
         return (loss * float("nan") if len(calls) == 3 else loss), count, further
 
-    monkeypatch.setitem(train.STAGES, "pretrain", (sound[0], nan_once))
+    monkeypatch.setitem(train.STAGES, "pretrain", sound._replace(objective=nan_once))
     run = options(max_steps=6, on_nonfinite="skip")
     train.run(run)
     assert "step 3: the loss on rank 0 is infinite or NaN; skipped" in capsys.readouterr().out
@@ -420,7 +421,7 @@ def test_a_nonfinite_batch_can_be_skipped(options, monkeypatch, capsys):
 
 def test_skipping_has_an_end(options, monkeypatch):
     always = lambda model, batch: (train.lm_objective(model, batch)[0] * float("inf"), torch.tensor(1), {})
-    monkeypatch.setitem(train.STAGES, "pretrain", (train.STAGES["pretrain"][0], always))
+    monkeypatch.setitem(train.STAGES, "pretrain", train.STAGES["pretrain"]._replace(objective=always))
     with pytest.raises(ValueError, match=r"step 10: .* 10 times in a row"):
         train.run(options(max_steps=50, on_nonfinite="skip"))
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 import train
-from solar import dist, optim, snapshot
+from solar import dist, meter, optim, snapshot
 from solar.checkpoint import CheckpointReader
 from solar.config import ModelConfig
 from solar.model import Transformer
@@ -76,7 +76,7 @@ def seconds_of(call, times: int = 5) -> float:
 
 def row(size: str, batch: int, length: int, world: dist.World) -> str:
     config = config_of(size, length)
-    peak = train.matrix_rate(world.device, torch.float32)
+    peak = meter.matrix_rate(world.device, torch.float32)
     seconds = seconds_of(step_of(config, world, batch, length)[2])
     rate = batch * length / seconds
     share = rate * config.training_flops(length) / peak

@@ -1,0 +1,97 @@
+"""How fast a run is, and what it says of each step: the line that is printed and the entry in metrics.jsonl.
+
+MFU, model FLOPs utilisation (arXiv:2204.02311, appendix B): the operations that the model needs for the tokens,
+recomputation not counted, over what these devices could do in the time. The latter is measured at the start, by a large
+product of random matrices, and not taken from a data sheet.
+"""
+
+import resource
+import time
+from typing import Protocol
+
+import torch
+
+from solar import cli
+from solar.config import ModelConfig
+
+
+class StepOutcome(Protocol):
+    """What a meter is told of a step. count: of what the loss is a mean over; sums: further means to report."""
+
+    loss: float
+    count: int
+    grad_norm: float
+    sums: dict[str, float]
+
+
+class Meter:
+    """Times the steps of a run that goes from step `first` to step `steps`, each of batch_size rows of `length` tokens.
+
+    unit: what a step's count counts, "tokens" or "pairs". devices: how many like `device` work side by side.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch_size: int,
+        length: int,
+        unit: str,
+        first: int,
+        steps: int,
+        device: torch.device,
+        devices: int,
+        compute: torch.dtype,
+    ):
+        self.tokens, self.unit = batch_size * length, unit
+        self.flops = self.tokens * config.training_flops(length)
+        self.device, self.steps, self.first = device, steps, first
+        self.peak = devices * matrix_rate(device, compute)
+        self.start = self.before = time.monotonic()
+
+    def entry(self, step: int, lr: float, outcome: StepOutcome) -> dict:
+        """The entry of a step that ends now."""
+        now = time.monotonic()
+        seconds = now - self.before
+        left = (now - self.start) / (step - self.first) * (self.steps - step)
+        on_gpu = self.device.type == "cuda"
+        return {
+            "step": step,
+            "loss": outcome.loss,
+            **outcome.sums,
+            "lr": lr,
+            "grad_norm": outcome.grad_norm,
+            self.unit: outcome.count,
+            "tokens_per_second": self.tokens / seconds,
+            "mfu": self.flops / seconds / self.peak,
+            "memory_bytes": torch.cuda.max_memory_allocated()
+            if on_gpu
+            else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+            "seconds_left": left,
+        }
+
+    def lap(self) -> None:
+        """The next step's time begins here: it does not pay for evaluating and saving."""
+        self.before = time.monotonic()
+
+    def line(self, entry: dict) -> str:
+        """An entry, to be read."""
+        width = len(str(self.steps))
+        preferences = "".join(f"{name} {entry[name]:.2f}  " for name in ("accuracy", "margin") if name in entry)
+        return (
+            f"step {entry['step']:{width}}/{self.steps}  loss {entry['loss']:.4f}  {preferences}lr {entry['lr']:.2e}  "
+            f"norm {entry['grad_norm']:.2f}  {entry['tokens_per_second']:,.0f} tokens/s  mfu {entry['mfu']:.0%}  "
+            f"{cli.human_bytes(entry['memory_bytes'])}  {cli.human_seconds(entry['seconds_left'])} left"
+        )
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of a large matrix product on one device: the best of twenty, after one to warm up."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(21):
+        start = time.perf_counter()
+        product = a @ b
+        product[0, 0].item()  # waits for the device
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds[1:])
