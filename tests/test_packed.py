@@ -148,7 +148,10 @@ def test_ranks_share_the_rows_in_their_order(pairs, batches):
 def test_pairs_and_their_reference(batches):
     def reference(it):
         return [
-            {split: np.random.default_rng(k).random((len(it.examples[split][k]), 2)) for split in ("train", "heldout")}
+            {
+                split: np.random.default_rng([k, len(split)]).random((len(it.examples[split][k]), 2))
+                for split in ("train", "heldout")
+            }
             for k in range(2)
         ]
 
