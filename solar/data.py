@@ -6,7 +6,7 @@
 them: the i-th window to be drawn is computed from i, by a permutation that is a cipher on the numbers 0..N-1, and which
 source a draw comes from, by a fixed pattern of the weights. So what a step sees depends on (seed, step) and on nothing
 else, not on ranks, workers or interruptions; a checkpoint needs to keep the step alone, and any step can be looked at
-by itself.
+by itself. `Batches` is this order; the batches of pretraining are here, those of conversations in solar/packed.py.
 
 Shapes: B sequences, T tokens in a sequence.
 """

@@ -189,8 +189,9 @@ class PairBatches(ChatBatches):
 
     def __init__(self, *args, reference: Sequence[dict[str, np.ndarray]] | None = None, **kwargs):
         super().__init__(*args, **kwargs)
+        assert reference is None or len(reference) == len(self.sources)
         self.reference = reference
-        for k, values in enumerate(reference or []):
+        for k, values in enumerate([] if reference is None else reference):
             for split in SPLITS:
                 wanted = (len(self.examples[split][k]), 2)
                 if values[split].shape != wanted:
@@ -205,10 +206,10 @@ class PairBatches(ChatBatches):
         pairs, logps = np.zeros(shape, bool), np.zeros((*shape, 2))
         for b, row in enumerate(rows):
             pairs[b, : len(row.examples)] = True
-            for j, (k, i) in enumerate(row.examples if self.reference else []):
+            for j, (k, i) in enumerate([] if self.reference is None else row.examples):
                 logps[b, j] = self.reference[k][row.split][i]
         batch["pairs"] = torch.from_numpy(pairs)
-        if self.reference:
+        if self.reference is not None:
             batch["reference_chosen"], batch["reference_rejected"] = torch.from_numpy(logps).unbind(-1)
         return batch
 

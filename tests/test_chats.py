@@ -3,8 +3,11 @@
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from solar.chats import Chat, parse_chat, parse_pair
+from solar.tokenizer import TEMPLATES
 
 ASK, TOLD = ("user", "How many?"), ("assistant", "Three.")
 MESSAGES = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Three."}]
@@ -194,3 +197,33 @@ def test_where_a_templates_context_stands():
     assert [m["role"] for m in system.conversation(0, "alpaca")] == ["system", "user", "assistant"]
     assert chat.opening() == system.opening() == Chat([("user", " Add.\n\n1 2\n")], ["5"]).opening() == "Add.\n\n1 2"
     assert Chat([ASK, TOLD, ("user", "Why?")], ["x"]).opening() == "How many?"
+
+
+NAMES = [
+    "instruction", "prompt", "input", "output", "response", "messages", "conversations", "chosen", "rejected", "system",
+    "completions", "role", "from", "content", "value", "overall_score", "annotations", "Rating",
+]  # fmt: skip
+LEAF = st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["user", "gpt", "system", "a", "4"])
+ANY = st.recursive(
+    LEAF | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(NAMES), inner, max_size=5),
+    max_leaves=12,
+)
+
+
+@given(row=st.dictionaries(st.sampled_from(NAMES), ANY, max_size=6) | ANY)
+@settings(max_examples=150, deadline=None)
+@pytest.mark.parametrize("parse", [parse_chat, parse_pair])
+def test_any_json_is_a_chat_or_a_reason(parse, row):
+    try:
+        chat, reason = parse(row), ""
+    except ValueError as error:
+        chat, reason = Chat([ASK], ["x"]), str(error)
+    assert len(reason) < 200
+    assert "\n" not in reason
+    assert all(answer.strip() for answer in chat.answers)
+    assert chat.messages[-1][0] == "user"
+    assert chat.opening()
+    for template, segments in TEMPLATES.items():
+        if template != "alpaca" or len(chat.messages) == 1:
+            assert "".join(s.text for s in segments(chat.conversation(0, template)) if s.answer).strip() or chat.context

@@ -147,10 +147,9 @@ def test_ranks_share_the_rows_in_their_order(pairs, batches):
 
 def test_pairs_and_their_reference(batches):
     def reference(it):
-        return [
-            {split: np.random.default_rng(k).random((len(it.examples[split][k]), 2)) for split in ("train", "heldout")}
-            for k in range(2)
-        ]
+        random = np.random.default_rng(0).random
+        sizes = ({split: len(it.examples[split][k]) for split in ("train", "heldout")} for k in range(2))
+        return [{split: random((count, 2)) for split, count in source.items()} for source in sizes]
 
     sources = [PAIRS[:40], PAIRS[40:]]
     bare = batches(sources, pairs=True, holdout=0.3)

@@ -207,7 +207,9 @@ def test_kill_leaves_nothing_that_looks_finished_and_no_worker(tmp_path, sentenc
     while len(workers := _children(process.pid)) < 3:  # two, and the tracker of multiprocessing
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    time.sleep(2)
+    while not [*(tmp_path / "cache").glob(".*/train-00000.bin")]:  # the first tokens are there, most are not
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     while any(Path(f"/proc/{pid}").exists() for pid in workers):

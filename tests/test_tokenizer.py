@@ -549,6 +549,16 @@ def test_exactly_the_answers_bytes_are_learned_with_tokenizer_json(json_pair, me
     check_mask(json_pair[0], name, messages)
 
 
+def test_spaces_are_learned_whatever_the_file_does_to_offsets(corpus, tmp_path):
+    """ByteLevel's post-processor, as GPT-2's and SmolLM's files have it, takes spaces out of the offsets."""
+    hf = byte_level(corpus)
+    hf.post_processor = pytest.importorskip("tokenizers").processors.ByteLevel(trim_offsets=True)
+    tok = loaded(hf, tmp_path)
+    for answer in ("  a  b \n\n ", "\n", " "):
+        check_mask(tok, "solar", chat("Why?", answer))
+        check_mask(tok, "solar", chat("Why?", answer, "a", answer))
+
+
 @given(contents=st.lists(TEXT, min_size=2, max_size=2))
 @settings(deadline=None)
 def test_whatever_is_normalised_the_ids_are_those_of_one_string(pair, contents):
