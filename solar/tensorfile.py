@@ -27,7 +27,8 @@ import torch
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own bound
 MAX_RANK = 64  # torch's own bound
-CHUNK_BYTES = 4 << 20  # a cast holds about a dozen of them
+CHUNK_BYTES = 1 << 20  # what is computed from a chunk, in fp32, stays in a cache
+SAMPLE = 2048  # elements at the start, the middle and the end of a tensor that a quick comparison takes
 
 DTYPES = {
     "BF16": torch.bfloat16,
@@ -78,9 +79,8 @@ class StoredTensor:
 
     def chunks(self) -> Iterator[torch.Tensor]:
         """The flattened tensor in pieces of at most CHUNK_BYTES."""
-        step = CHUNK_BYTES // self.dtype.itemsize
-        for start in range(0, self.numel, step):
-            yield self.read(start, min(start + step, self.numel))
+        for start, stop in spans(self.numel, self.dtype.itemsize):
+            yield self.read(start, stop)
 
     def view(self, mapped: torch.Tensor) -> torch.Tensor:
         """This tensor as a view of `map_file(self.path)`, or as a copy where the file does not align it."""
@@ -88,6 +88,16 @@ class StoredTensor:
         if self.offset % self.dtype.itemsize:
             raw = raw.clone()
         return raw.view(self.dtype).view(self.shape)
+
+
+def spans(numel: int, itemsize: int, whole: bool = True) -> Iterator[tuple[int, int]]:
+    """Ranges of elements that cover a tensor in pieces of at most CHUNK_BYTES; or, not whole, three samples of it."""
+    if whole:
+        step = CHUNK_BYTES // itemsize
+        yield from ((at, min(at + step, numel)) for at in range(0, numel, step))
+    else:
+        last = max(numel - SAMPLE, 0)
+        yield from ((at, min(at + SAMPLE, numel)) for at in sorted({0, last // 2, last}))
 
 
 def map_file(path: Path) -> torch.Tensor:
@@ -245,6 +255,47 @@ class TensorToWrite:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Target:
+    """A tensor to write of which any part can be made, and made again: `make(start, stop)` gives elements start..stop-1
+    of the flattened tensor, before the cast to the dtype that it is written in."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[int, int], torch.Tensor]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+    def elements(self, start: int, stop: int) -> torch.Tensor:
+        """Elements start..stop-1 as they are written. ValueError naming the tensor if the cast overflows."""
+        made = self.make(start, stop)
+        cast = made.to(self.dtype)
+        finite = cast is made or cast.abs().max().isfinite()  # quick, and nearly always true
+        if not finite and bool((cast.isinf() & ~made.isinf()).any()):
+            raise ValueError(f"{self.name}: values up to {made.abs().max():.4g} do not fit {self.dtype}; use bfloat16")
+        return cast
+
+    def spans(self, whole: bool = True) -> Iterator[tuple[int, int]]:
+        return spans(self.numel, self.dtype.itemsize, whole)
+
+    def writer(self, advance: Callable[[int], None]) -> Callable[[FileIO], None]:
+        """What writes the tensor in constant memory, and reports the bytes of each piece to `advance`."""
+
+        def write(file: FileIO) -> None:
+            for start, stop in self.spans():
+                write_bytes(file, self.elements(start, stop))
+                advance((stop - start) * self.dtype.itemsize)
+
+        return write
 
 
 def write_bytes(file: FileIO, tensor: torch.Tensor) -> None:

@@ -14,7 +14,7 @@ LAYERS = {
     0: ["config", "plan", "cli", "tokenizer", "tensorfile", "losses", "optim", "problems", "permutation"],
     1: ["model", "corpus"],
     2: ["checkpoint", "shards"],
-    3: ["upscale", "sampling", "data", "dist", "snapshot"],
+    3: ["upscale", "merge", "sampling", "data", "dist", "snapshot"],
     4: ["base", "analyze"],
 }
 REQUIRED = {"torch", "numpy", "sentencepiece", "safetensors", "triton"}
