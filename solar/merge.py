@@ -282,9 +282,8 @@ class Merging:
 
 
 def _show(amount: Amount) -> str:
-    if isinstance(amount, tuple):
-        return "weights " + " ".join(f"{weight:.4g}" for weight in normalise(amount))
-    return f"t {amount:.4g}"
+    weights = " ".join(f"{weight:.4g}" for weight in normalise(amount)) if isinstance(amount, tuple) else ""
+    return f"weights {weights}" if weights else f"t {amount:.4g}"
 
 
 def _differences(first: CheckpointReader, others: list[CheckpointReader]) -> tuple[list[str], list[str]]:
@@ -435,17 +434,16 @@ class Options:
 def main() -> None:
     options = cli.parse(Options, prog="python -m solar.merge", description="Merge models of one shape.")
     merging = prepare(options.models, options.method, options.weights, options.t, options.dtype, options.per_layer)
-    out = Path(options.out)
     if not options.dry_run:
-        check_room(merging.readers, merging.nbytes, out, options.force)
+        check_room(merging.readers, merging.nbytes, Path(options.out), options.force)
     print(merging.describe(), flush=True)
     if options.dry_run:
         print("dry run: nothing written")
         return
-    carry_out(merging, out, options.max_shard_bytes, options.verify, options.force)
+    carry_out(merging, Path(options.out), options.max_shard_bytes, options.verify, options.force)
     what = "every byte" if options.verify == "full" else "headers, sizes and samples of every tensor"
     print(f"verified    {what}")
-    print(out)
+    print(options.out)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,11 @@ class StoredTensor:
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self.offset + start * self.dtype.itemsize)
             while view:
-                count = file.readinto(view)
+                try:
+                    count = file.readinto(view)
+                except OSError as error:
+                    error.filename = str(self.path)  # a failed read() does not say of which file
+                    raise
                 if count == 0:
                     raise OSError(f"{self.path}: ends at byte {file.tell()}, in the middle of a tensor")
                 view = view[count:]
@@ -326,7 +330,7 @@ def write_safetensors(path: Path, tensors: list[TensorToWrite]) -> None:
                 end += tensor.nbytes
                 assert file.tell() == end, f"{tensor.name}: {file.tell()} bytes written, {end} expected"
     except OSError as error:
-        if error.filename is None:  # a failed write() does not say of which file
+        if error.filename is None and error.errno is not None:  # a failed write() does not say of which file
             error.filename = str(path)
         raise
 

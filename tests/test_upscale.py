@@ -653,8 +653,8 @@ def test_what_the_command_says(bases, tmp_path, monkeypatch, capsys):
 
 # ------------------------------------------------------------------------------------------------ processes
 
-# Imports torch once, then runs each command in a process of its own as `python -m solar.upscale` would; and spares each
-# the second that Python takes to tidy up after torch.
+# Imports torch once, then runs each command in a process of its own as `python -m MODULE` would; and spares each the
+# second that Python takes to tidy up after torch.
 NURSERY = """
 import gc, json, os, resource, runpy, sys, traceback
 sys.path.insert(0, os.getcwd())
@@ -672,9 +672,9 @@ for line in sys.stdin:
     for name, value in job["limits"].items():
         resource.setrlimit(getattr(resource, name), (value, value))
     exec(job["before"])
-    sys.argv = ["solar.upscale", *job["argv"]]
+    module, sys.argv = sys.argv[1], [sys.argv[1], *job["argv"]]
     try:
-        runpy.run_module("solar.upscale", run_name="__main__", alter_sys=True)
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
     except SystemExit as leaving:
         code = leaving.code
     except BaseException:
@@ -687,10 +687,10 @@ for line in sys.stdin:
 
 
 class Nursery:
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, module: str = "solar.upscale"):
         self.folder, self.count = folder, 0
         self.process = subprocess.Popen(
-            [sys.executable, "-c", NURSERY],
+            [sys.executable, "-c", NURSERY, module],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
