@@ -18,7 +18,9 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import partial
+from io import FileIO
+from itertools import starmap
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,9 +40,10 @@ from solar.checkpoint import (
     write_config,
 )
 from solar.config import ModelConfig
-from solar.tensorfile import Target, TensorToWrite, parse_json, spans, write_shards
+from solar.tensorfile import Target, TensorToWrite, parse_json, side_by_side, spans, write_shards
 
 NEARLY_PARALLEL = 0.9995  # beyond this cosine, of either sign, an angle says too little: interpolation becomes linear
+BLOCK = 1 << 16  # elements that are multiplied in fp64 at a time: two such blocks stay in a cache
 SMALLEST_NORM = 1e-8  # a tensor that is shorter has no direction to speak of
 
 # What the config of a merged model takes from the first: nothing of it changes what is computed.
@@ -73,8 +76,9 @@ def average(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     result = middle
     for i, (tensor, weight) in enumerate(zip(tensors, weights, strict=True)):
         if i != chosen and weight:
+            difference = middle - tensor
             # x - (x - x) keeps the sign of a zero; x + (x - x) would not.
-            result = torch.sub(result, middle - tensor.float(), alpha=weight)
+            result = torch.sub(result, difference, alpha=weight, out=difference)
     return result
 
 
@@ -97,16 +101,17 @@ def check_t(t: float) -> float:
     return t
 
 
-def dot_products(
-    a: Callable[[int, int], Tensor], b: Callable[[int, int], Tensor], numel: int
-) -> tuple[float, float, float]:
+def dot_products(a: Callable, b: Callable, numel: int, run: Callable = starmap) -> tuple[float, float, float]:
     """(a . a, b . b, a . b) of two flattened tensors, in fp64, from functions that give elements start..stop-1."""
-    sums = [0.0, 0.0, 0.0]
-    for start, stop in spans(numel, 2):
-        x, y = a(start, stop).double(), b(start, stop).double()
-        for i, (left, right) in enumerate(((x, x), (y, y), (x, y))):
-            sums[i] += torch.dot(left, right).item()
-    return tuple(sums)
+
+    def products(start: int, stop: int) -> Tensor:
+        sums = torch.zeros(3, dtype=torch.float64)
+        for x, y in zip(a(start, stop).split(BLOCK), b(start, stop).split(BLOCK), strict=True):
+            x, y = x.double(), y.double()
+            sums += torch.stack((torch.dot(x, x), torch.dot(y, y), torch.dot(x, y)))
+        return sums
+
+    return tuple(sum(run(products, spans(numel, 2)), torch.zeros(3, dtype=torch.float64)).tolist())
 
 
 def slerp_factors(aa: float, bb: float, ab: float, t: float) -> tuple[float, float] | None:
@@ -123,7 +128,7 @@ def interpolate(a: Tensor, b: Tensor, t: float, factors: tuple[float, float] | N
     """Elements of slerp(a, b, t) from the same elements of both, with the factors of the whole tensors."""
     if factors is None or t in (0, 1):
         return average([a, b], [1 - t, t])
-    return (a.float() * factors[0]).add_(b.float(), alpha=factors[1])
+    return (a.float() * factors[0]).add_(b, alpha=factors[1])
 
 
 # ------------------------------------------------------------------------------------------------ rules
@@ -192,7 +197,7 @@ def assign(rules: list[Rule], names: list[str], otherwise: Amount) -> dict[str, 
 # ------------------------------------------------------------------------------------------------ from disk to disk
 
 
-@dataclass(frozen=True)
+@dataclass
 class Mixture:
     """How one tensor is made from the tensors of the same name, one of each model."""
 
@@ -200,20 +205,22 @@ class Mixture:
     weights: tuple[Weight, ...]
     method: str
     amount: Amount
+    factors: tuple[float, ...] | None = ()  # of slerp, when `measure` has found them
 
-    @cached_property
-    def factors(self) -> tuple[float, float] | None:
+    def measure(self, run: Callable = starmap) -> None:
         """Of `slerp`: a first pass over both tensors."""
-        aa, bb, ab = dot_products(*(weight.elements for weight in self.weights), self.weights[0].stored.numel)
-        for weight, square in zip(self.weights, (aa, bb), strict=True):
+        products = dot_products(*(weight.elements for weight in self.weights), self.weights[0].stored.numel, run)
+        for weight, square in zip(self.weights, products, strict=False):
             if not math.isfinite(square):
                 raise self._not_finite(weight)
-        return slerp_factors(aa, bb, ab, self.amount)
+        self.factors = slerp_factors(*products, self.amount)
 
     def make(self, start: int, stop: int) -> Tensor:
         """Elements start..stop-1 of the merged tensor, in fp32. ValueError if they are not finite."""
         parts = [weight.elements(start, stop) for weight in self.weights]
         if self.method == "slerp":
+            if self.factors == ():
+                self.measure()
             merged = interpolate(*parts, self.amount, self.factors)
         else:
             merged = average(parts, self.amount)
@@ -236,7 +243,7 @@ class Merging:
     method: str
     amount: Amount
     rules: list[Any]  # as in JSON
-    amounts: dict[str, Amount]
+    mixtures: dict[str, Mixture]
     config: ModelConfig
     targets: list[Target]
     notes: list[str]
@@ -259,10 +266,10 @@ class Merging:
     def _table(self) -> list[str]:
         """A line for each run of layers that are made alike; the tensors of a layer apart where they differ."""
         places: dict[int | str, dict[str, Amount]] = {}
-        for name, amount in self.amounts.items():
+        for name, mixture in self.mixtures.items():
             layer, inner = re.fullmatch(r"(model\.)?(layers\.(\d+)\.)?(.*?)(\.weight)?", name).group(3, 4)
             place, inner = (int(layer), inner) if layer else (inner, "")
-            places.setdefault(place, {})[inner] = amount
+            places.setdefault(place, {})[inner] = mixture.amount
         runs: list[tuple[list[int | str], dict[str, Amount]]] = []
         for place, amounts in places.items():
             if runs and runs[-1][1] == amounts and type(runs[-1][0][0]) is type(place):
@@ -344,11 +351,12 @@ def prepare(
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     config = first.config if dtype is None else replace(first.config, torch_dtype=str(dtype).removeprefix("torch."))
-    targets = []
+    mixtures, targets = {}, []
     for name, shape in shapes.items():
-        mixture = Mixture(name, tuple(reader.weights[name] for reader in readers), method, amounts[name])
-        targets.append(Target(name, shape, dtype or mixture.weights[0].stored.dtype, mixture.make))
-    return Merging(readers, method, amount, rules, amounts, config, targets, notes)
+        mixtures[name] = Mixture(name, tuple(reader.weights[name] for reader in readers), method, amounts[name])
+        stored = first.weights[name].stored
+        targets.append(Target(name, shape, dtype or stored.dtype, mixtures[name].make))
+    return Merging(readers, method, amount, rules, mixtures, config, targets, notes)
 
 
 def merge(
@@ -380,10 +388,15 @@ def carry_out(merging: Merging, out: Path, max_shard_bytes: int, verify: str, fo
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes must be positive, found {max_shard_bytes}")
     check_room(merging.readers, merging.nbytes, out, force)
-    with cli.publish(out, force) as staging:
+    with cli.publish(out, force) as staging, side_by_side() as run:
         progress = cli.Progress("writing", merging.nbytes)
-        write = lambda target: target.writer(progress.advance)
-        tensors = [TensorToWrite(target.name, target.shape, target.dtype, write(target)) for target in merging.targets]
+
+        def write(target: Target, file: FileIO) -> None:
+            if merging.method == "slerp":
+                merging.mixtures[target.name].measure(run)
+            target.writer(progress.advance, run)(file)
+
+        tensors = [TensorToWrite(t.name, t.shape, t.dtype, partial(write, t)) for t in merging.targets]
         write_shards(staging, tensors, max_shard_bytes)
         progress.close()
         copy_companions(merging.readers[0].path, staging)

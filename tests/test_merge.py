@@ -478,7 +478,8 @@ def test_the_first_rule_that_matches_counts(pair, tmp_path):
 
 def test_rules_give_a_t_of_its_own_to_slerp(pair):
     rules = [{"tensors": "norm", "t": 0}, {"layers": "2-3", "t": 1.0}]
-    amounts = prepare(pair, "slerp", t=0.2, per_layer=rules).amounts
+    merging = prepare(pair, "slerp", t=0.2, per_layer=rules)
+    amounts = {name: mixture.amount for name, mixture in merging.mixtures.items()}
     assert set(amounts.values()) == {0, 0.2, 1.0}
     assert amounts["model.layers.2.input_layernorm.weight"] == amounts["model.norm.weight"] == 0
     assert amounts["model.layers.2.mlp.up_proj.weight"] == 1
