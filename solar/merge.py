@@ -1,8 +1,7 @@
 """Merging models from disk to disk: `python -m solar.merge --models A B --out DIR --method average --weights 0.4 0.6`.
 
-Two methods, as SOLAR merges its candidates (arXiv:2312.15166, section 4.3): the weighted average, and spherical linear
-interpolation. Each is a function of one tensor, and the same function runs on ranges of elements from disk to disk, in
-constant memory. Everything is checked before the first byte is written; the result is read again before it is named.
+As SOLAR merges its candidates (arXiv:2312.15166, section 4.3): the weighted average, or spherical linear interpolation.
+Each is a function of one tensor, carried out on ranges of its elements, from disk to disk in constant memory.
 
 Layers or tensors may have weights, or a t, of their own, from a file: a list of rules, of which the first that matches
 a tensor counts; --weights or --t is for those that no rule matches. `layers` is a half-open range, `tensors` a regular
@@ -20,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from io import FileIO
-from itertools import starmap
+from itertools import groupby, starmap
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,8 +71,7 @@ def average(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """
     weights = normalise(weights)
     chosen = max(range(len(tensors)), key=weights.__getitem__)
-    middle = tensors[chosen].float()
-    result = middle
+    result = middle = tensors[chosen].float()
     for i, (tensor, weight) in enumerate(zip(tensors, weights, strict=True)):
         if i != chosen and weight:
             difference = middle - tensor
@@ -261,7 +259,7 @@ class Merging:
         lines += [f"method      {self.method}, {_show(self.amount)}" + (" and rules" if self.rules else "")]
         lines += self._table() if self.rules else []
         lines += [f"parameters  {self.config.num_parameters():,}", f"bytes       {cli.human_bytes(self.nbytes)}"]
-        return "\n".join(lines + [f"note: {note}" for note in self.notes])
+        return "\n".join(lines + [f"as the first: {note}" for note in self.notes])
 
     def _table(self) -> list[str]:
         """A line for each run of layers that are made alike; the tensors of a layer apart where they differ."""
@@ -270,14 +268,9 @@ class Merging:
             layer, inner = re.fullmatch(r"(model\.)?(layers\.(\d+)\.)?(.*?)(\.weight)?", name).group(3, 4)
             place, inner = (int(layer), inner) if layer else (inner, "")
             places.setdefault(place, {})[inner] = mixture.amount
-        runs: list[tuple[list[int | str], dict[str, Amount]]] = []
-        for place, amounts in places.items():
-            if runs and runs[-1][1] == amounts and type(runs[-1][0][0]) is type(place):
-                runs[-1][0].append(place)
-            else:
-                runs.append(([place], amounts))
         lines = []
-        for run, amounts in runs:
+        for _, group in groupby(places.items(), key=lambda item: (type(item[0]), item[1])):
+            run, (amounts, *_) = zip(*group, strict=True)
             label = ", ".join(map(str, run)) if isinstance(run[0], str) else f"layers {run[0]} to {run[-1]}"
             ordered = [amount for amount, _ in Counter(amounts.values()).most_common()][::-1]
             for amount in ordered:
@@ -300,19 +293,15 @@ def _differences(first: CheckpointReader, others: list[CheckpointReader]) -> tup
     for other in others:
         for name, ours in vars(first.config).items():
             if name != "torch_dtype" and ours != (theirs := getattr(other.config, name)):
-                if name in FREE:
-                    notes.append(f"{name} stays {ours}; {other.path} has {theirs}")
-                else:
-                    problems.append(f"{name} is {ours} in {first.path}, {theirs} in {other.path}")
+                where = notes if name in FREE else problems
+                where.append(f"{name} is {ours} in {first.path}, {theirs} in {other.path}")
         shared = [name for name in names if (other.path / name).is_file()]
         for name in shared:
             if not filecmp.cmp(first.path / name, other.path / name, shallow=False):
-                if TOKENIZERS.fullmatch(name):
-                    problems.append(f"{name} of {first.path} and of {other.path} differ: an id has to mean the same")
-                else:
-                    notes.append(f"{name} stays the first's; that of {other.path} differs")
+                where = problems if TOKENIZERS.fullmatch(name) else notes
+                where.append(f"{name} of {first.path} and of {other.path} differ")
         if not any(map(TOKENIZERS.fullmatch, shared)):
-            notes.append(f"no tokenizer file that both {first.path} and {other.path} have: not compared")
+            notes.append(f"tokenizers not compared: no file of one that both {first.path} and {other.path} have")
     return problems, notes
 
 
@@ -373,10 +362,10 @@ def merge(
 ) -> Path:
     """Merge models of one shape and one tokenizer, and write the result to out_dir, with the first's config and files.
 
-    average: two or more models, `weights` one for each (default: equal). slerp: two models, `t` from 0 to 1 (default
-    0.5). per_layer: rules as the head of this file shows them, or a file of them. The dtype stays the first's unless
-    `dtype` asks for another. Raises FileNotFoundError or ValueError for what is not right, FileExistsError for an
-    output in the way, OSError for a disk that is full: in every case the output is what it was before.
+    average: two or more models, `weights` one for each (None: equal). slerp: two models, `t` from 0 to 1 (None: 0.5).
+    per_layer: rules as the head of this file shows them, or a file of them. dtype: None keeps the first's. Raises
+    FileNotFoundError or ValueError for what is not right, FileExistsError for an output in the way, OSError for a disk
+    that is full: in every case the output is what it was before.
     """
     merging = prepare(model_dirs, method, weights, t, dtype, per_layer)
     carry_out(merging, Path(out_dir), max_shard_bytes, verify, force)
@@ -412,7 +401,6 @@ def _record(merging: Merging) -> dict:
         "method": merging.method,
         **({"weights": normalise(amount)} if isinstance(amount, tuple) else {"t": amount}),
         "per_layer": merging.rules,
-        "num_parameters": merging.config.num_parameters(),
         "dtype": merging.config.torch_dtype,
         "model_type": merging.config.model_type,
         "sources": [
@@ -434,9 +422,7 @@ class Options:
     method: Literal["average", "slerp"] = cli.flag("average", help="weighted mean, or spherical interpolation of two")
     weights: list[float] | None = cli.flag(None, help="for average: one for each model (default: equal)", metavar="W")
     t: float | None = cli.flag(None, help="for slerp: 0 is the first model, 1 the second (default: 0.5)", metavar="T")
-    per_layer: str | None = cli.flag(
-        None, help="rules with weights, or a t, for layers or tensors; solar/merge.py shows one", metavar="FILE.json"
-    )
+    per_layer: str | None = cli.flag(None, help="rules for layers or tensors, see solar/merge.py", metavar="FILE.json")
     dtype: str | None = cli.flag(None, help="cast to bfloat16, float16 or float32 (default: as the first is stored)")
     max_shard_bytes: int = cli.flag(DEFAULT_MAX_SHARD_BYTES, help="start another file beyond this size", metavar="N")
     dry_run: bool = cli.flag(False, help="print what would be done and stop")
@@ -454,8 +440,7 @@ def main() -> None:
         print("dry run: nothing written")
         return
     carry_out(merging, Path(options.out), options.max_shard_bytes, options.verify, options.force)
-    what = "every byte" if options.verify == "full" else "headers, sizes and samples of every tensor"
-    print(f"verified    {what}")
+    print("verified   ", "every byte" if options.verify == "full" else "headers, sizes and samples of every tensor")
     print(options.out)
 
 

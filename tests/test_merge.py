@@ -258,6 +258,18 @@ def test_what_is_not_said_is_the_middle(pair, tmp_path):
     assert same(written(half), by_hand([written(model) for model in pair], "slerp", 0.5))
 
 
+@pytest.mark.parametrize("method", HOW)
+def test_the_number_of_threads_changes_no_bit(method, pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(tensorfile, "CHUNK_BYTES", 500)
+    outs = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        outs.append(written(merge(pair, tmp_path / str(threads), method, **HOW[method])))
+        assert torch.get_num_threads() == threads
+    torch.set_num_threads(1)
+    assert same(*outs)
+
+
 def test_shards(pair, tmp_path):
     whole = merge(pair, tmp_path / "whole", "average")
     parts = merge(pair, tmp_path / "parts", "average", max_shard_bytes=30_000)
@@ -282,13 +294,13 @@ def test_config_and_files_are_the_firsts(pair, tmp_path):
     for name in ("generation_config.json", "tokenizer.model"):
         assert (out / name).read_bytes() == (a / name).read_bytes()
     notes = prepare([a, b], "slerp").notes
-    assert f"eos_token_id stays 2; {b} has 7" in notes
-    assert f"max_position_embeddings stays 512; {b} has 9" in notes
-    assert f"model_type stays llama; {b} has mistral" in notes
-    assert f"generation_config.json stays the first's; that of {b} differs" in notes
+    assert f"eos_token_id is 2 in {a}, 7 in {b}" in notes
+    assert f"max_position_embeddings is 512 in {a}, 9 in {b}" in notes
+    assert f"model_type is llama in {a}, mistral in {b}" in notes
+    assert f"generation_config.json of {a} and of {b} differ" in notes
     assert len(notes) == 4
     (b / "tokenizer.model").unlink()
-    assert f"no tokenizer file that both {a} and {b} have: not compared" in prepare([a, b], "slerp").notes
+    assert f"tokenizers not compared: no file of one that both {a} and {b} have" in prepare([a, b], "slerp").notes
 
 
 def test_merge_json_says_where_it_came_from(pair, tmp_path):
@@ -363,7 +375,7 @@ def test_models_that_do_not_fit_are_refused_with_every_reason(pair, tmp_path):
         f"  - vocab_size is 97 in {pair[0]}, 98 in {other}",
         f"  - rms_norm_eps is 1e-05 in {pair[0]}, 1e-06 in {other}",
         f"  - rope_theta is 10000.0 in {pair[0]}, 500000.0 in {other}",
-        f"  - tokenizer.model of {pair[0]} and of {other} differ: an id has to mean the same",
+        f"  - tokenizer.model of {pair[0]} and of {other} differ",
         f"  - num_hidden_layers is 3 in {pair[0]}, 2 in {shallow}",
     ]
     assert not (tmp_path / "out").exists()
@@ -572,7 +584,7 @@ def test_a_dry_run_writes_nothing(pair, tmp_path, monkeypatch, capsys):
         "method      slerp, t 0.5",
         f"parameters  {CheckpointReader(pair[0]).config.num_parameters():,}",
         f"bytes       {cli.human_bytes(prepare(pair, 'slerp').nbytes)}",
-        f"note: generation_config.json stays the first's; that of {pair[1]} differs",
+        f"as the first: generation_config.json of {pair[0]} and of {pair[1]} differ",
         "dry run: nothing written",
     ]
     assert os.listdir(tmp_path) == []
