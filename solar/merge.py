@@ -251,7 +251,7 @@ class Merging:
         return sum(target.nbytes for target in self.targets)
 
     def describe(self) -> str:
-        """The models, which weights or t each layer gets, parameters and bytes, and what only the first decides."""
+        """The models, which weights or t each layer gets, parameters and bytes, and what differs and stays the first's."""
         lines = [
             f"{'' if i else 'models':<12}{reader.path} ({reader.layout}, {str(reader.dtype).removeprefix('torch.')})"
             for i, reader in enumerate(self.readers)
@@ -259,7 +259,7 @@ class Merging:
         lines += [f"method      {self.method}, {_show(self.amount)}" + (" and rules" if self.rules else "")]
         lines += self._table() if self.rules else []
         lines += [f"parameters  {self.config.num_parameters():,}", f"bytes       {cli.human_bytes(self.nbytes)}"]
-        return "\n".join(lines + [f"as the first: {note}" for note in self.notes])
+        return "\n".join(lines + [f"note: {note}" for note in self.notes])
 
     def _table(self) -> list[str]:
         """A line for each run of layers that are made alike; the tensors of a layer apart where they differ."""

@@ -584,7 +584,7 @@ def test_a_dry_run_writes_nothing(pair, tmp_path, monkeypatch, capsys):
         "method      slerp, t 0.5",
         f"parameters  {CheckpointReader(pair[0]).config.num_parameters():,}",
         f"bytes       {cli.human_bytes(prepare(pair, 'slerp').nbytes)}",
-        f"as the first: generation_config.json of {pair[0]} and of {pair[1]} differ",
+        f"note: generation_config.json of {pair[0]} and of {pair[1]} differ",
         "dry run: nothing written",
     ]
     assert os.listdir(tmp_path) == []
