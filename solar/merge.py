@@ -251,7 +251,7 @@ class Merging:
         return sum(target.nbytes for target in self.targets)
 
     def describe(self) -> str:
-        """The models, which weights or t each layer gets, parameters and bytes, and what differs and stays the first's."""
+        """The models, which weights or t each layer gets, parameters, bytes, and what stays the first's."""
         lines = [
             f"{'' if i else 'models':<12}{reader.path} ({reader.layout}, {str(reader.dtype).removeprefix('torch.')})"
             for i, reader in enumerate(self.readers)
