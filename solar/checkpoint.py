@@ -8,6 +8,7 @@ them.
 Everything about a directory is checked before the first weight is used, and every problem is reported at once.
 """
 
+import errno
 import hashlib
 import json
 import shutil
@@ -19,12 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from solar.cli import publish
+from solar.cli import Progress, check_output, human_bytes, publish
 from solar.config import ModelConfig
 from solar.model import DecoderLayer, Transformer
 from solar.plan import ZEROED_IN_IDENTITY, Plan, from_json, parse_plan, to_json
 from solar.tensorfile import (
     StoredTensor,
+    Target,
     TensorToWrite,
     map_file,
     parse_json,
@@ -83,6 +85,17 @@ class Weight:
         if self.rotary_heads is None:
             return tensor
         return tensor.unflatten(0, (self.rotary_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+    def elements(self, start: int, stop: int) -> Tensor:
+        """Elements start..stop-1 of the flattened tensor as the model wants it, in the stored dtype."""
+        if self.rotary_heads is None:
+            return self.stored.read(start, stop)
+        # The rows of a head are reordered among themselves: whole heads are read, 1 MB each in Mistral-7B.
+        head = self.stored.numel // self.rotary_heads
+        first, last = start // head, -(-stop // head)
+        rows = self.stored.read(first * head, last * head).view(-1, self.stored.shape[1])
+        rows = replace(self, rotary_heads=last - first).reorder(rows)
+        return rows.flatten()[start - first * head : stop - first * head]
 
 
 class CheckpointReader:
@@ -381,3 +394,49 @@ def copy_companions(source: Path, target: Path) -> list[str]:
     for file in files:
         shutil.copyfile(file, target / file.name)
     return [file.name for file in files]
+
+
+# ------------------------------------------------------------------------------------------------ from disk to disk
+
+
+def check_room(readers: list[CheckpointReader], nbytes: int, out: Path, force: bool) -> None:
+    """Raise if the output is in the way, would take the place of a model it is made from, or does not fit the disk."""
+    for reader in readers:
+        base = reader.path
+        for place in (base, *(base / name for name in reader.files)):  # a file may be a link to another directory
+            if out.resolve() in (place.resolve(), *place.resolve().parents):
+                raise ValueError(
+                    f"{out}: the output would replace {place}, which it is made from; give another directory"
+                )
+        if base.resolve() in out.resolve().parents:
+            raise ValueError(f"{out}: the output would stand inside the model {base}; give another directory")
+    check_output(out, force)
+    for companion in companions_of(readers[0].path):
+        companion.open("rb").close()  # one that cannot be read is found now, not behind 20 GB of weights
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    free = shutil.disk_usage(parent).free
+    if nbytes > free:
+        raise OSError(errno.ENOSPC, "", f"{out} needs {human_bytes(nbytes)}, {human_bytes(free)} are free")
+
+
+def verify_written(directory: Path, config: ModelConfig, targets: list[Target], whole: bool) -> None:
+    """Read a written directory as a loader would, and compare samples, or every byte, with the tensors made again.
+
+    Raises ValueError naming the file and the tensor that differs.
+    """
+    written = CheckpointReader(directory)
+    if written.config != config:
+        raise ValueError(f"{directory / 'config.json'}: reads back as {written.config}, expected {config}")
+    progress = Progress("verifying", sum(target.nbytes for target in targets) if whole else 1)
+    for target in targets:
+        stored = written.weights[target.name].stored
+        for start, stop in target.spans(whole):
+            found, expected = stored.read(start, stop), target.elements(start, stop)
+            if not torch.equal(found.view(torch.uint8), expected.view(torch.uint8)):
+                raise ValueError(
+                    f"{stored.path}: {target.name} reads back different from what was written: a failing disk?"
+                )
+            if whole:
+                progress.advance((stop - start) * target.dtype.itemsize)
+    if whole:
+        progress.close()

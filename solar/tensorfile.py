@@ -10,14 +10,17 @@ Two containers are read, and both come down to the same: a file, an offset, a sh
 Files come from strangers. A header is bounded, must be consistent and must cover its file exactly; else ValueError.
 """
 
+import contextlib
+import itertools
 import json
 import math
 import mmap
 import struct
 import sys
 import zipfile
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -27,7 +30,8 @@ import torch
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own bound
 MAX_RANK = 64  # torch's own bound
-CHUNK_BYTES = 4 << 20  # a cast holds about a dozen of them
+CHUNK_BYTES = 1 << 20  # what is computed from a chunk, in fp32, stays in a cache
+SAMPLE = 2048  # elements at the start, the middle and the end of a tensor that a quick comparison takes
 
 DTYPES = {
     "BF16": torch.bfloat16,
@@ -70,7 +74,11 @@ class StoredTensor:
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self.offset + start * self.dtype.itemsize)
             while view:
-                count = file.readinto(view)
+                try:
+                    count = file.readinto(view)
+                except OSError as error:
+                    error.filename = str(self.path)  # a failed read() does not say of which file
+                    raise
                 if count == 0:
                     raise OSError(f"{self.path}: ends at byte {file.tell()}, in the middle of a tensor")
                 view = view[count:]
@@ -78,9 +86,8 @@ class StoredTensor:
 
     def chunks(self) -> Iterator[torch.Tensor]:
         """The flattened tensor in pieces of at most CHUNK_BYTES."""
-        step = CHUNK_BYTES // self.dtype.itemsize
-        for start in range(0, self.numel, step):
-            yield self.read(start, min(start + step, self.numel))
+        for start, stop in spans(self.numel, self.dtype.itemsize):
+            yield self.read(start, stop)
 
     def view(self, mapped: torch.Tensor) -> torch.Tensor:
         """This tensor as a view of `map_file(self.path)`, or as a copy where the file does not align it."""
@@ -88,6 +95,41 @@ class StoredTensor:
         if self.offset % self.dtype.itemsize:
             raw = raw.clone()
         return raw.view(self.dtype).view(self.shape)
+
+
+def spans(numel: int, itemsize: int, whole: bool = True) -> Iterator[tuple[int, int]]:
+    """Ranges of elements that cover a tensor in pieces of at most CHUNK_BYTES; or, not whole, three samples of it."""
+    if whole:
+        step = CHUNK_BYTES // itemsize
+        yield from ((at, min(at + step, numel)) for at in range(0, numel, step))
+    else:
+        last = max(numel - SAMPLE, 0)
+        yield from ((at, min(at + SAMPLE, numel)) for at in sorted({0, last // 2, last}))
+
+
+@contextlib.contextmanager
+def side_by_side() -> Iterator[Callable]:
+    """An `itertools.starmap` that works on a few items at once, one on each of torch's threads; results in order.
+
+    Within an operator on a chunk, threads would wait for each other after a fraction of a millisecond's work; and what
+    one thread sums up alone does not depend on their number.
+    """
+    workers = torch.get_num_threads()
+
+    def run(function, items):
+        waiting: deque[Future] = deque()
+        for item in items:
+            waiting.append(pool.submit(function, *item))
+            if len(waiting) > workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield run
+    finally:
+        torch.set_num_threads(workers)
 
 
 def map_file(path: Path) -> torch.Tensor:
@@ -247,6 +289,47 @@ class TensorToWrite:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+@dataclass(frozen=True)
+class Target:
+    """A tensor to write of which any part can be made, and made again: `make(start, stop)` gives elements start..stop-1
+    of the flattened tensor, before the cast to the dtype that it is written in."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[int, int], torch.Tensor]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+    def elements(self, start: int, stop: int) -> torch.Tensor:
+        """Elements start..stop-1 as they are written. ValueError naming the tensor if the cast overflows."""
+        made = self.make(start, stop)
+        cast = made.to(self.dtype)
+        finite = cast is made or cast.abs().max().isfinite()  # quick, and nearly always true
+        if not finite and bool((cast.isinf() & ~made.isinf()).any()):
+            raise ValueError(f"{self.name}: values up to {made.abs().max():.4g} do not fit {self.dtype}; use bfloat16")
+        return cast
+
+    def spans(self, whole: bool = True) -> Iterator[tuple[int, int]]:
+        return spans(self.numel, self.dtype.itemsize, whole)
+
+    def writer(self, advance: Callable[[int], None], run: Callable = itertools.starmap) -> Callable[[FileIO], None]:
+        """What writes the tensor in constant memory, and reports the bytes of each piece to `advance`."""
+
+        def write(file: FileIO) -> None:
+            for piece in run(self.elements, self.spans()):
+                write_bytes(file, piece)
+                advance(piece.nbytes)
+
+        return write
+
+
 def write_bytes(file: FileIO, tensor: torch.Tensor) -> None:
     """The bytes of a CPU tensor, row-major, to an unbuffered file."""
     _write_all(file, memoryview(tensor.detach().contiguous().flatten().view(torch.uint8).numpy()))
@@ -275,7 +358,7 @@ def write_safetensors(path: Path, tensors: list[TensorToWrite]) -> None:
                 end += tensor.nbytes
                 assert file.tell() == end, f"{tensor.name}: {file.tell()} bytes written, {end} expected"
     except OSError as error:
-        if error.filename is None:  # a failed write() does not say of which file
+        if error.filename is None and error.errno is not None:  # a failed write() does not say of which file
             error.filename = str(path)
         raise
 

@@ -9,8 +9,7 @@ import errno
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from io import FileIO
 from pathlib import Path
@@ -23,71 +22,29 @@ from solar import plan as plans
 from solar.checkpoint import (
     DEFAULT_MAX_SHARD_BYTES,
     CheckpointReader,
-    Weight,
-    companions_of,
+    check_room,
     copy_companions,
     parse_dtype,
+    verify_written,
     write_config,
 )
 from solar.config import ModelConfig
-from solar.tensorfile import CHUNK_BYTES, TensorToWrite, write_bytes, write_shards
-
-SAMPLE = 2048  # elements at the start, the middle and the end of a tensor that the quick verification compares
-
-
-@dataclass(frozen=True)
-class Target:
-    """One tensor of the grown model: a weight of the base, or zeros."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    weight: Weight | None
-
-    @property
-    def nbytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-    def elements(self, start: int, stop: int) -> torch.Tensor:
-        """Elements start..stop-1 of the flattened tensor, made from the base. ValueError if a cast overflows."""
-        if self.weight is None:
-            return torch.zeros(stop - start, dtype=self.dtype)
-        if self.weight.rotary_heads is None:
-            stored = self.weight.stored.read(start, stop)
-        else:  # the rows of a head are reordered among themselves: whole heads are read, 1 MB each in Mistral-7B
-            head = self.weight.stored.numel // self.weight.rotary_heads
-            first, last = start // head, -(-stop // head)
-            rows = self.weight.stored.read(first * head, last * head).view(-1, self.shape[1])
-            rows = replace(self.weight, rotary_heads=last - first).reorder(rows)
-            stored = rows.flatten()[start - first * head : stop - first * head]
-        cast = stored.to(self.dtype)
-        finite = cast is stored or cast.abs().max().isfinite()  # quick, and nearly always true
-        if not finite and bool((cast.isinf() & ~stored.isinf()).any()):
-            raise ValueError(
-                f"{self.name}: values up to {stored.abs().max():.4g} do not fit {self.dtype}; use bfloat16"
-            )
-        return cast
-
-    def spans(self, whole: bool) -> Iterator[tuple[int, int]]:
-        """Ranges of elements that cover the tensor, or three samples of it."""
-        numel = torch.Size(self.shape).numel()
-        if whole:
-            step = CHUNK_BYTES // self.dtype.itemsize
-            yield from ((at, min(at + step, numel)) for at in range(0, numel, step))
-        else:
-            last = max(numel - SAMPLE, 0)
-            yield from ((at, min(at + SAMPLE, numel)) for at in sorted({0, last // 2, last}))
+from solar.tensorfile import CHUNK_BYTES, StoredTensor, Target, TensorToWrite, write_shards
 
 
 @dataclass(frozen=True)
 class Upscaling:
-    """A checked plan: the base, what becomes of it, and every tensor to write, in order."""
+    """A checked plan: the base, what becomes of it, and every tensor to write, in order.
+
+    copied: where the bytes of a tensor stand that is written as it is stored.
+    """
 
     reader: CheckpointReader
     plan_text: str | None
     plan: plans.Plan
     config: ModelConfig
     targets: list[Target]
+    copied: dict[str, StoredTensor]
 
     @property
     def nbytes(self) -> int:
@@ -127,7 +84,7 @@ def prepare(
     dtype = parse_dtype(dtype)
     if dtype is not None:
         config = replace(config, torch_dtype=str(dtype).removeprefix("torch."))
-    targets = []
+    targets, copied = [], {}
     for name, shape in config.tensor_shapes().items():
         base_name, zero = name, False
         if name.startswith("model.layers."):
@@ -136,8 +93,14 @@ def prepare(
             base_name = f"model.layers.{source.layer}.{inner}"
             zero = source.init == "identity" and inner.rpartition(".")[0] in plans.ZEROED_IN_IDENTITY
         weight = reader.weights[base_name]
-        targets.append(Target(name, shape, dtype or weight.stored.dtype, None if zero else weight))
-    return Upscaling(reader, text, plan, config, targets)
+        targets.append(Target(name, shape, dtype or weight.stored.dtype, _zeros if zero else weight.elements))
+        if not zero and weight.rotary_heads is None and weight.stored.dtype == targets[-1].dtype:
+            copied[name] = weight.stored
+    return Upscaling(reader, text, plan, config, targets, copied)
+
+
+def _zeros(start: int, stop: int) -> torch.Tensor:
+    return torch.zeros(stop - start)
 
 
 def upscale(
@@ -161,44 +124,27 @@ def upscale(
     return Path(out_dir)
 
 
-def check_room(upscaling: Upscaling, out: Path, force: bool) -> None:
-    """Raise if the output is in the way, would take the place of the base, or does not fit the disk."""
-    base = upscaling.reader.path
-    for place in (base, *(base / name for name in upscaling.reader.files)):  # a file may be a link to another directory
-        if out.resolve() in (place.resolve(), *place.resolve().parents):
-            raise ValueError(f"{out}: the output would replace {place}, which it is made from; give another directory")
-    if base.resolve() in out.resolve().parents:
-        raise ValueError(f"{out}: the output would stand inside the base {base}; give another directory")
-    cli.check_output(out, force)
-    for companion in companions_of(base):
-        companion.open("rb").close()  # one that cannot be read is found now, not behind 20 GB of weights
-    parent = next(folder for folder in out.absolute().parents if folder.exists())
-    free = shutil.disk_usage(parent).free
-    if upscaling.nbytes > free:
-        needed, there = cli.human_bytes(upscaling.nbytes), cli.human_bytes(free)
-        raise OSError(errno.ENOSPC, "", f"{out} needs {needed}, {there} are free")
-
-
 def carry_out(upscaling: Upscaling, out: Path, max_shard_bytes: int, verify: str, force: bool) -> None:
     """Write, read again, publish."""
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes must be positive, found {max_shard_bytes}")
-    check_room(upscaling, out, force)
+    check_room([upscaling.reader], upscaling.nbytes, out, force)
     with cli.publish(out, force) as staging, contextlib.ExitStack() as opened:
         progress = cli.Progress("writing", upscaling.nbytes)
         sources: dict[Path, int] = {}
-        for path in {target.weight.stored.path for target in upscaling.targets if target.weight}:
+        for path in {stored.path for stored in upscaling.copied.values()}:
             sources[path] = opened.enter_context(open(path, "rb")).fileno()
-        tensors = [
-            TensorToWrite(target.name, target.shape, target.dtype, _writer(target, sources, progress.advance))
-            for target in upscaling.targets
-        ]
+        tensors = []
+        for target in upscaling.targets:
+            stored = upscaling.copied.get(target.name)
+            write = _copier(stored, sources, progress.advance) if stored else target.writer(progress.advance)
+            tensors.append(TensorToWrite(target.name, target.shape, target.dtype, write))
         write_shards(staging, tensors, max_shard_bytes)
         progress.close()
         copy_companions(upscaling.reader.path, staging)
         (staging / "upscale.json").write_text(json.dumps(_record(upscaling), indent=1) + "\n", encoding="utf-8")
         write_config(staging, upscaling.config)
-        _verify(upscaling, staging, whole=verify == "full")
+        verify_written(staging, upscaling.config, upscaling.targets, whole=verify == "full")
 
 
 def _record(upscaling: Upscaling) -> dict:
@@ -225,19 +171,8 @@ def _record(upscaling: Upscaling) -> dict:
     }
 
 
-def _writer(target: Target, sources: dict[Path, int], advance: Callable[[int], None]) -> Callable[[FileIO], None]:
-    weight = target.weight
-
-    def copy(file: FileIO) -> None:
-        _copy_range(sources[weight.stored.path], weight.stored.offset, target.nbytes, file, advance, weight.stored.path)
-
-    def compute(file: FileIO) -> None:
-        for start, stop in target.spans(whole=True):
-            write_bytes(file, target.elements(start, stop))
-            advance((stop - start) * target.dtype.itemsize)
-
-    as_it_is = weight is not None and weight.rotary_heads is None and weight.stored.dtype == target.dtype
-    return copy if as_it_is else compute
+def _copier(stored: StoredTensor, sources: dict[Path, int], advance: Callable[[int], None]) -> Callable[[FileIO], None]:
+    return lambda file: _copy_range(sources[stored.path], stored.offset, stored.nbytes, file, advance, stored.path)
 
 
 def _copy_range(source: int, offset: int, count: int, file: FileIO, advance: Callable[[int], None], path: Path) -> None:
@@ -260,26 +195,6 @@ def _copy_range(source: int, offset: int, count: int, file: FileIO, advance: Cal
         advance(done)
 
 
-def _verify(upscaling: Upscaling, directory: Path, whole: bool) -> None:
-    """Read the written directory as a loader would, and compare tensors (samples, or every byte) with the plan."""
-    written = CheckpointReader(directory)
-    if written.config != upscaling.config:
-        raise ValueError(f"{directory / 'config.json'}: reads back as {written.config}, expected {upscaling.config}")
-    progress = cli.Progress("verifying", upscaling.nbytes if whole else 1)
-    for target in upscaling.targets:
-        stored = written.weights[target.name].stored
-        for start, stop in target.spans(whole):
-            found, expected = stored.read(start, stop), target.elements(start, stop)
-            if not torch.equal(found.view(torch.uint8), expected.view(torch.uint8)):
-                raise ValueError(
-                    f"{stored.path}: {target.name} reads back different from what was written: a failing disk?"
-                )
-            if whole:
-                progress.advance((stop - start) * target.dtype.itemsize)
-    if whole:
-        progress.close()
-
-
 @dataclass
 class Options:
     model: str = cli.flag("out/base", help="directory of the base model", metavar="DIR")
@@ -300,7 +215,7 @@ def main() -> None:
     upscaling = prepare(options.model, options.plan, options.dtype, options.model_type)
     out = Path(options.out)
     if not options.dry_run:
-        check_room(upscaling, out, options.force)
+        check_room([upscaling.reader], upscaling.nbytes, out, options.force)
     print(upscaling.describe(), flush=True)
     if options.dry_run:
         print("dry run: nothing written")

@@ -17,7 +17,7 @@ LAYERS = {
     ],
     1: ["model", "meter", "corpus", "tokens", "packing", "logps"],
     2: ["checkpoint", "shards"],
-    3: ["upscale", "sampling", "data", "dist", "snapshot", "examples"],
+    3: ["upscale", "merge", "sampling", "data", "dist", "snapshot", "examples"],
     4: ["base", "analyze", "packed", "reference"],
     5: ["inputs"],
 }  # fmt: skip

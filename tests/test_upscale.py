@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from solar import cli
+from solar import cli, tensorfile
 from solar import upscale as upscaling
 from solar.checkpoint import CheckpointReader, load_model
 from solar.config import ModelConfig
@@ -174,7 +174,7 @@ def test_mergekit_writes_the_same_bytes(source_dtype, tmp_path):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_of_the_base_gives_the_same_tensors(layout, tmp_path, monkeypatch):
     """In small chunks, so that the reordered rows of a release are put together from several."""
-    monkeypatch.setattr(upscaling, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(tensorfile, "CHUNK_BYTES", 1000)
     config, tensors = tiny.CASES["mistral_window"], tensors_of("mistral_window", "float16")
     base = LAYOUTS[layout](tmp_path / "base", config, tensors)
     out = upscale(base, tmp_path / "out", "idus:1:1", verify="full")
@@ -202,7 +202,7 @@ def to_bfloat16(values: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_cast_rounds_to_nearest_even(dtype, tmp_path, monkeypatch):
-    monkeypatch.setattr(upscaling, "CHUNK_BYTES", 512)
+    monkeypatch.setattr(tensorfile, "CHUNK_BYTES", 512)
     config, tensors = tiny.CASES["llama_mha"], tensors_of("llama_mha")
     ties = torch.tensor([1 + 2.0**-8, 1 + 3 * 2.0**-8, -1 - 2.0**-8, 1 + 2.0**-11, 1 + 3 * 2.0**-11, 2.0**-25, 65519.0])
     tensors[UP].view(-1)[: len(ties)] = ties
@@ -231,7 +231,7 @@ def test_a_cast_to_the_wider_type_changes_no_value(bases, tmp_path):
 @pytest.mark.parametrize("verify", ["quick", "full"])
 @pytest.mark.parametrize("value", [65520.0, -70000.0, 3e38])
 def test_a_value_beyond_float16_is_an_error_that_names_the_tensor(value, verify, tmp_path, monkeypatch):
-    monkeypatch.setattr(upscaling, "CHUNK_BYTES", 512)
+    monkeypatch.setattr(tensorfile, "CHUNK_BYTES", 512)
     tensors = tensors_of("llama_mha")
     tensors[UP].view(-1)[-1] = value
     base = write_single(tmp_path / "base", tiny.CASES["llama_mha"], tensors)
@@ -420,7 +420,7 @@ def damaging(monkeypatch, damage) -> None:
 
 def test_verification_finds_what_a_disk_may_do(bases, tmp_path, monkeypatch):
     """Full: any byte. Quick: sizes, and the start, the middle and the end of every tensor."""
-    monkeypatch.setattr(upscaling, "SAMPLE", 8)
+    monkeypatch.setattr(tensorfile, "SAMPLE", 8)
     out = upscale(bases[FOUR], tmp_path / "good", "dus:1", verify="full")
     place = read_safetensors_header(out / "model.safetensors")["model.layers.5.mlp.gate_proj.weight"]
     size = (out / "model.safetensors").stat().st_size
@@ -563,21 +563,21 @@ def test_the_base_is_never_replaced(bases, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="the output would replace"):
             upscale(model, out, "dus:1", force=True)
     assert snapshot(tmp_path) == before
-    with pytest.raises(ValueError, match="inside the base"):
+    with pytest.raises(ValueError, match="inside the model"):
         upscale(base, base / "inside", "dus:1")
     assert snapshot(tmp_path) == before
 
 
 def test_an_output_that_comes_into_being_meanwhile_is_left_alone(bases, tmp_path, monkeypatch):
     """Two runs, one output: the first to finish has it."""
-    real = upscaling._verify
+    real = upscaling.verify_written
 
     def verify(*arguments, **more):
-        monkeypatch.setattr(upscaling, "_verify", real)
+        monkeypatch.setattr(upscaling, "verify_written", real)
         upscale(bases[FOUR], tmp_path / "out", "dus:2")
         real(*arguments, **more)
 
-    monkeypatch.setattr(upscaling, "_verify", verify)
+    monkeypatch.setattr(upscaling, "verify_written", verify)
     with pytest.raises(FileExistsError, match="out exists already"):
         upscale(bases[FOUR], tmp_path / "out", "dus:1")
     assert load_model(tmp_path / "out").config.num_hidden_layers == 4
@@ -653,8 +653,8 @@ def test_what_the_command_says(bases, tmp_path, monkeypatch, capsys):
 
 # ------------------------------------------------------------------------------------------------ processes
 
-# Imports torch once, then runs each command in a process of its own as `python -m solar.upscale` would; and spares each
-# the second that Python takes to tidy up after torch.
+# Imports torch once, then runs each command in a process of its own as `python -m MODULE` would; and spares each the
+# second that Python takes to tidy up after torch.
 NURSERY = """
 import gc, json, os, resource, runpy, sys, traceback
 sys.path.insert(0, os.getcwd())
@@ -672,9 +672,9 @@ for line in sys.stdin:
     for name, value in job["limits"].items():
         resource.setrlimit(getattr(resource, name), (value, value))
     exec(job["before"])
-    sys.argv = ["solar.upscale", *job["argv"]]
+    module, sys.argv = sys.argv[1], [sys.argv[1], *job["argv"]]
     try:
-        runpy.run_module("solar.upscale", run_name="__main__", alter_sys=True)
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
     except SystemExit as leaving:
         code = leaving.code
     except BaseException:
@@ -687,10 +687,10 @@ for line in sys.stdin:
 
 
 class Nursery:
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, module: str = "solar.upscale"):
         self.folder, self.count = folder, 0
         self.process = subprocess.Popen(
-            [sys.executable, "-c", NURSERY],
+            [sys.executable, "-c", NURSERY, module],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -18,13 +18,14 @@ from solar.tensorfile import TensorToWrite, write_bytes, write_shards
 class Options:
     out: str = cli.flag(help="directory to write", metavar="DIR")
     layers: int = cli.flag(32, help="decoder layers; each takes 436 MB", metavar="N")
+    seed: int = cli.flag(0, help="another one gives other weights", metavar="N")
     tokenizer: str | None = cli.flag(None, help="tokenizer.model to put beside the weights", metavar="FILE")
 
 
 def main() -> None:
     options = cli.parse(Options, prog="python -m tests.bench.make_checkpoint", description="Random Mistral-7B weights.")
     config = replace(MISTRAL_7B, num_hidden_layers=options.layers)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(options.seed)
     block = (torch.randn(1 << 23, generator=generator) * config.initializer_range).bfloat16()
     ones = torch.ones(config.hidden_size, dtype=torch.bfloat16)
     progress = cli.Progress("writing", 2 * config.num_parameters())

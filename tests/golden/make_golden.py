@@ -1,7 +1,7 @@
 """Make the golden numbers beside this file, by running the peers. Never imported by the project or its tests.
 
     python tests/golden/make_golden.py                                 with transformers: everything but the next two
-    python tests/golden/make_golden.py --mergekit                      with mergekit: passthrough.json
+    python tests/golden/make_golden.py --mergekit                      with mergekit: passthrough.json, merged.*
     python tests/golden/make_golden.py --trl                           with trl: preferences.json
     python tests/golden/make_golden.py --compare DIR --out FILE.npz    with transformers: a real model, kept elsewhere
 
@@ -208,6 +208,54 @@ def make_passthrough() -> None:
     print(f"{len(described)} tensors, {config['num_hidden_layers']} layers")
 
 
+MERGES = {  # method, weights of the models or t
+    "average_two": ("linear", [0.5, 0.5]),
+    "average_uneven": ("linear", [0.4, 0.6]),
+    "average_three": ("linear", [2.0, 3.0, 5.0]),
+    "slerp_quarter": ("slerp", 0.25),
+    "slerp_half": ("slerp", 0.5),
+    "slerp_most": ("slerp", 0.9),
+}
+
+
+def make_merged() -> None:
+    """merged.npz: tiny models merged by mergekit, in bf16 (stored as their bits) and in fp32."""
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import MergeOptions, run_merge
+    from safetensors.torch import load_file, save_file
+
+    arrays = {}
+    for dtype in ("bfloat16", "float32"):
+        with tempfile.TemporaryDirectory() as directory:
+            sources = []
+            for number, state in enumerate(tiny.to_merge()):
+                source = Path(directory, f"source{number}")
+                source.mkdir()
+                (source / "config.json").write_text(json.dumps(tiny.MERGED | {"torch_dtype": dtype}))
+                tensors = {name: torch.from_numpy(array).to(getattr(torch, dtype)) for name, array in state.items()}
+                save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+                sources.append(str(source))
+            for case, (method, amount) in MERGES.items():
+                recipe = {"merge_method": method, "dtype": dtype}
+                if method == "linear":
+                    pairs = zip(sources, amount, strict=False)
+                    recipe["models"] = [{"model": source, "parameters": {"weight": weight}} for source, weight in pairs]
+                else:
+                    recipe["models"] = [{"model": source} for source in sources[:2]]
+                    recipe |= {"base_model": sources[0], "parameters": {"t": amount}}
+                out = Path(directory, case)
+                options = MergeOptions(copy_tokenizer=False, write_model_card=False, quiet=True)
+                run_merge(MergeConfiguration.model_validate(recipe), str(out), options)
+                for file in sorted(out.glob("*.safetensors")):
+                    for name, tensor in sorted(load_file(file).items()):
+                        assert tensor.dtype == getattr(torch, dtype)
+                        bits = tensor.view(torch.uint16) if dtype == "bfloat16" else tensor
+                        arrays[f"{dtype}/{case}/{name}"] = bits.numpy()
+    np.savez_compressed(HERE / "merged.npz", **arrays)
+    save_json("merged.json", {case: {"method": m, "amount": amount} for case, (m, amount) in MERGES.items()})
+    print(f"{len(MERGES)} merges, {len(arrays)} tensors")
+
+
 # ------------------------------------------------------------ trl
 
 
@@ -329,6 +377,8 @@ def record_versions(*packages: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mergekit", action="store_true", help="make passthrough.json and merged.npz, needs mergekit")
+
     parser.add_argument("--mergekit", action="store_true", help="make passthrough.json, needs mergekit")
     parser.add_argument("--trl", action="store_true", help="make preferences.json, needs trl")
     parser.add_argument("--compare", metavar="MODEL_DIR", help="run a real model instead, needs transformers")
@@ -340,6 +390,7 @@ def main() -> None:
         compare(args.compare, args.out)
     elif args.mergekit:
         make_passthrough()
+        make_merged()
         record_versions("mergekit", "transformers", "safetensors")
     elif args.trl:
         make_preferences()

@@ -76,6 +76,9 @@ CASES: dict[str, dict] = {
     "mistral_window_absent": dict(_MISTRAL),  # absent means 4096, so a short text has the logits of the case before
 }
 
+# Small enough that whole merged models can be stored.
+MERGED = _LLAMA | {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 29}
+
 
 def uniform(seed: int, name: str, shape: tuple[int, ...], mean: float, std: float) -> np.ndarray:
     """fp32 numbers, flatly distributed with this mean and deviation; every (seed, name) has a stream of its own."""
@@ -125,6 +128,21 @@ def state(config: dict, seed: int = 0) -> dict[str, np.ndarray]:
         std = 0.2 if name.endswith("_proj.weight") else 0.3
         out[name] = uniform(seed, name, shape, mean, std)
     return out
+
+
+def to_merge() -> list[dict[str, np.ndarray]]:
+    """The fp32 tensors of three models of `MERGED`; a few of the second are special cases beside the first's."""
+    models = [state(MERGED, seed) for seed in (1, 2, 3)]
+    first, second, _ = models
+    attention, mlp = "model.layers.0.self_attn.{}_proj.weight", "model.layers.0.mlp.{}_proj.weight"
+    second[attention.format("q")] = -first[attention.format("q")]  # opposite
+    second[attention.format("k")] = np.zeros_like(first[attention.format("k")])
+    first[mlp.format("up")] = np.zeros_like(first[mlp.format("up")])
+    near = second[attention.format("v")] * np.float32(0.01)
+    second[attention.format("v")] = first[attention.format("v")] * np.float32(1.5) + near  # nearly parallel
+    far = second[mlp.format("gate")]
+    second[mlp.format("gate")] = far - first[mlp.format("gate")]  # an obtuse angle
+    return models
 
 
 def write(case: str, directory: str | Path, dtype: str = "float32", seed: int = 0) -> Path:
