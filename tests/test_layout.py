@@ -11,11 +11,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A module imports strictly lower layers. L0 also holds kernels/.
 LAYERS = {
-    0: ["config", "plan", "cli", "tokenizer", "tensorfile", "losses", "optim", "problems", "permutation"],
-    1: ["model", "corpus"],
-    2: ["checkpoint", "shards"],
+    0: ["config", "plan", "cli", "tokenizer", "tensorfile", "losses", "optim", "problems", "permutation", "rows"],
+    1: ["model", "corpus", "contamination", "seeds"],
+    2: ["checkpoint", "shards", "rephrase"],
     3: ["upscale", "sampling", "data", "dist", "snapshot"],
-    4: ["base", "analyze"],
+    4: ["base", "analyze", "mathdata"],
 }
 REQUIRED = {"torch", "numpy", "sentencepiece", "safetensors", "triton"}
 OPTIONAL = {"solar/tokenizer.py": {"tokenizers"}, "solar/analyze.py": {"matplotlib"}}

@@ -1,0 +1,138 @@
+"""Rephrasing by rules: another question with the same answer, and other words for the answer, without a model.
+
+A problem of solar/problems.py is told in another phrasing of its family, with the same operands, people and things. Of
+any other problem only that is changed which cannot change its meaning: a sentence before it, the words that introduce
+its question, and a few words that mean the same. Its worked steps are kept, and introduced or concluded otherwise.
+
+What comes out is a function of the seed and the problem alone, not of what was rephrased before.
+"""
+
+import random
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+from solar import problems
+from solar.seeds import MARKER, Seed, extract_answer, join_answer, same_answer, split_answer
+
+LEADS = (
+    "",
+    "Here is a problem.",
+    "Consider the following.",
+    "Please solve this problem.",
+    "Work this out step by step.",
+    "Read this carefully.",
+)
+FORMS = ("", "The question is:", "Now work this out:", "Tell me:", "What we want to know:")
+QUESTION = re.compile(r"(?:How|What|Who|Which|When|Where|By|In|At|For|To|After|If)\b[^?]*\?$")
+EQUAL = (  # each may stand for the other
+    ("altogether", "in total"),
+    ("each day", "every day"),
+    ("each week", "every week"),
+    ("bought", "purchased"),
+    ("buys", "purchases"),
+    ("twice as", "two times as"),
+)
+EQUALS = {a: b for pair in EQUAL for a, b in (pair, pair[::-1])}
+EQUAL_WORDS = re.compile(r"\b(?:" + "|".join(EQUALS) + r")\b")
+
+OPENINGS = ("", "Let us take it step by step.", "We go through it in order.", "Here is how to find out.")
+CLOSINGS = ("", "So the answer is {final}.", "This gives {final}.", "The result is {final}.")
+
+
+def held_out(question: str) -> bool:
+    """Whether a problem that training must not see stands in the question."""
+    problem = problems.recognise(question)
+    return problem is not None and problems.is_held_out(problem.family, problem.operands)
+
+
+def rephrase(seed: Seed, number: int, random_seed: int) -> tuple[str, str]:
+    """(question, answer): the `number`-th rephrasing of a problem, counted from 0.
+
+    The answer ends as that of `seed` does, with the same marker; it is what the rephrased question asks for, so whether
+    it agrees with `seed.final` is for the caller to check.
+    """
+    rng = random.Random(f"{random_seed} {seed.question}")
+    problem = problems.recognise(seed.question)
+    body, ending = split_answer(seed.answer)
+    if problem is None or problem.question != seed.question:
+        question = _reword(seed.question, number, rng)
+        return question, join_answer(_rework(body, seed.final, number, rng), ending)
+    others = [i for i in range(len(problems.FAMILIES[problem.family].phrasings)) if i != problem.phrasing]
+    rng.shuffle(others)
+    turn, place = divmod(number, len(others))
+    told = problems.retell(problem, others[place], rng)
+    question = f"{LEADS[turn % len(LEADS)]} {told.question}".strip()
+    solution = _rework(told.solution, told.answer, number, rng) if turn else told.solution
+    return question, f"{solution} {problems.MARKER} {told.answer}"
+
+
+def _reword(question: str, number: int, rng: random.Random) -> str:
+    """Another lead, and another form of the last sentence if that is a question; never neither."""
+    start = max((found.end() for found in re.finditer(r"[.!?]\s+", question)), default=0)
+    last = question[start:]
+    forms = range(len(FORMS) if QUESTION.match(last) else 1)
+    ways = [(lead, form) for lead in range(len(LEADS)) for form in forms if lead or form]
+    rng.shuffle(ways)
+    lead, form = ways[number % len(ways)]
+    if form:
+        last = f"{FORMS[form]} {last[0].lower()}{last[1:]}"
+    text = EQUAL_WORDS.sub(lambda found: rng.choice([found.group(), EQUALS[found.group()]]), question[:start] + last)
+    return f"{LEADS[lead]} {text}".strip()
+
+
+def _rework(body: str, final: str, number: int, rng: random.Random) -> str:
+    """The same steps with another opening or closing; never neither."""
+    separator = "\n" if "\n" in body else " "
+    closings = range(1 if MARKER.search(body) else len(CLOSINGS))  # steps that name the answer need no closing
+    ways = [(opening, closing) for opening in range(len(OPENINGS)) for closing in closings if opening or closing]
+    rng.shuffle(ways)
+    opening, closing = ways[number % len(ways)]
+    parts = (OPENINGS[opening], body, CLOSINGS[closing].format(final=final))
+    return separator.join(part for part in parts if part)
+
+
+@dataclass
+class Kept:
+    """The rows of Math-Instruct so far, and why other attempts were dropped."""
+
+    rows: list[dict]
+    dropped: Counter
+
+    def __post_init__(self):
+        self.questions = {row["instruction"] for row in self.rows}
+
+    def full(self, count: int | None) -> bool:
+        """Whether there are `count` rows."""
+        return count is not None and len(self.rows) >= count
+
+    def take(self, seed: Seed, question: str, answer: str) -> None:
+        """Keep a rephrasing if it is another question that has the seed's final answer."""
+        final = extract_answer(answer)
+        if question == seed.question:
+            reason = "question unchanged"
+        elif question in self.questions:
+            reason = "question there already"
+        elif held_out(question):
+            reason = "a held-out problem"
+        elif final is None:
+            reason = "no final answer"
+        elif not same_answer(final, seed.final):
+            reason = "another final answer"
+        else:
+            self.questions.add(question)
+            row = {"instruction": question, "output": answer, "original_question": seed.question}
+            self.rows.append(row | {"original_answer": seed.answer, "answer": seed.final})
+            return
+        self.dropped[reason] += 1
+
+    def check(self) -> None:
+        """Raise ValueError if there is nothing to write."""
+        if not self.rows:
+            raise ValueError(f"nothing could be kept: {self.report()}")
+
+    def report(self) -> str:
+        """One line: how many were kept of how many, and why others were not."""
+        total = len(self.rows) + self.dropped.total()
+        reasons = "".join(f"; {reason}: {count:,}" for reason, count in self.dropped.most_common() if count)
+        return f"kept {len(self.rows):,} of {total:,} rephrasings{reasons}"
