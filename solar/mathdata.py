@@ -20,7 +20,6 @@ import hashlib
 import json
 import os
 import random
-import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -33,10 +32,21 @@ import torch
 from solar import cli, contamination, problems
 from solar.checkpoint import load_model
 from solar.model import Transformer
-from solar.rephrase import Kept, held_out, rephrase
+from solar.rephrase import (
+    ASK_ANSWER,
+    ASK_QUESTION,
+    Kept,
+    answer_ends,
+    clean_question,
+    finish_answer,
+    held_out,
+    question_ends,
+    question_fault,
+    rephrase,
+)
 from solar.rows import BadRows, read_rows
 from solar.sampling import generate
-from solar.seeds import MARKER, Seed, extract_answer, join_answer, read_seeds, same_answer, split_answer, text_fields
+from solar.seeds import Seed, read_seeds, text_fields
 from solar.tokenizer import TEMPLATES, Tokenizer, encode_prompt
 
 SHOWN = 10  # bad lines that are named, at most
@@ -179,24 +189,6 @@ def make_instruct(options: RephraseOptions) -> None:
 
 # ------------------------------------------------------------------------------------------------ by a model
 
-ASK_QUESTION = """Say the question in other words. Keep all the numbers, and do not answer it.
-
-Question: Mia has 12 shells and finds 7 more. Then she gives 5 of them to Tom. How many shells does Mia have left?
-Rephrased question: Mia starts with 12 shells, picks up another 7 and lets Tom have 5. What number of shells remains hers?
-
-Question: {question}
-Rephrased question:"""
-ASK_ANSWER = """Work out the answer step by step, and end with "The answer is: " and the number.
-
-Question: Mia has 12 shells and finds 7 more. Then she gives 5 of them to Tom. How many shells does Mia have left?
-Answer: With those that she finds Mia has 12 + 7 = 19 shells. After giving some to Tom she has 19 - 5 = 14 shells.
-The answer is: 14
-
-Question: {question}
-Answer:"""
-PREAMBLE = re.compile(r"(?:[^\n]{0,100}:\s*\n)?\s*(?:[\w ]{0,20}\b(?:problem|question)\s*:\s*)?", re.IGNORECASE)
-DIGITS = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?")
-
 
 def _by_model(options: RephraseOptions, out: Path, attempts: list[tuple[Seed, int]]) -> Kept:
     """Each batch, when it is done, is a line of OUT.partial, from which an interrupted run with the same model, seeds
@@ -285,25 +277,18 @@ class Rephraser:
         """Try one rephrasing of each seed; `first` is the number of the first attempt, on which the draws depend."""
         draws = (self.options.seed << 32) + 2 * first
         asked, questions = [], []
-        written = self._ask(ASK_QUESTION, [seed.question for seed in seeds], _question_ends, draws, kept)
+        written = self._ask(ASK_QUESTION, [seed.question for seed in seeds], question_ends, draws, kept)
         for seed, text in zip(seeds, written, strict=True):
-            if text is None:
-                continue
-            question = _clean(text)
-            if not question or MARKER.search(question):
-                kept.dropped["no question"] += 1
-            elif not {*DIGITS.findall(seed.question)} <= {*DIGITS.findall(question)}:
-                kept.dropped["a number of the question lost"] += 1
-            else:
+            question = clean_question(text or "")
+            if text is not None and (fault := question_fault(seed, question)):
+                kept.dropped[fault] += 1
+            elif text is not None:
                 asked.append(seed)
                 questions.append(question)
-        answers = self._ask(ASK_ANSWER, questions, _answer_ends, draws + len(seeds), kept)
+        answers = self._ask(ASK_ANSWER, questions, answer_ends, draws + len(seeds), kept)
         for seed, question, answer in zip(asked, questions, answers, strict=True):
             if answer is not None:
-                ending = split_answer(seed.answer)[1]
-                if same_answer(extract_answer(answer), seed.final) and ending not in answer:
-                    answer = join_answer(answer, ending)  # all rows of a file end alike
-                kept.take(seed, question, answer)
+                kept.take(seed, question, finish_answer(seed, answer))
 
     def _ask(
         self, prompt: str, questions: list[str], ends: Callable[[str], bool], draws: int, kept: Kept
@@ -333,21 +318,6 @@ class Rephraser:
             else:
                 written[row] = texts[at].decode(errors="replace").strip()
         return written
-
-
-def _question_ends(text: str) -> bool:
-    """A question is one paragraph; what a model says before it, ending in a colon, is none."""
-    return text.endswith("\n") and bool(_clean(text))
-
-
-def _answer_ends(text: str) -> bool:
-    """An answer ends with the line of its marker."""
-    return text.endswith("\n") and extract_answer(text) is not None
-
-
-def _clean(text: str) -> str:
-    """A question without what a model says before it, and without the quotes around it."""
-    return text[PREAMBLE.match(text).end() :].strip("*\"'` \n")
 
 
 # ------------------------------------------------------------------------------------------------ pairs

@@ -1,10 +1,13 @@
-"""Rephrasing by rules: another question with the same answer, and other words for the answer, without a model.
+"""Rephrasing: another question with the same answer, and other words for the answer (arXiv:2309.12284, section 3).
 
-A problem of solar/problems.py is told in another phrasing of its family, with the same operands, people and things. Of
-any other problem only that is changed which cannot change its meaning: a sentence before it, the words that introduce
-its question, and a few words that mean the same. Its worked steps are kept, and introduced or concluded otherwise.
+By rules, without a model: a problem of solar/problems.py is told in another phrasing of its family, with the same
+operands, people and things. Of any other problem only that is changed which cannot change its meaning: a sentence
+before it, the words that introduce its question, and a few words that mean the same. Its worked steps are kept, and
+introduced or concluded otherwise.
 
 What comes out is a function of the seed and the problem alone, not of what was rephrased before.
+
+By a model, which is run by solar/mathdata.py: here stands what it is asked, and what is made of what it writes.
 """
 
 import random
@@ -90,6 +93,61 @@ def _rework(body: str, final: str, number: int, rng: random.Random) -> str:
     opening, closing = ways[number % len(ways)]
     parts = (OPENINGS[opening], body, CLOSINGS[closing].format(final=final))
     return separator.join(part for part in parts if part)
+
+
+# ------------------------------------------------------------------------------------------------ by a model
+
+ASK_QUESTION = """Say the question in other words. Keep all the numbers, and do not answer it.
+
+Question: Mia has 12 shells and finds 7 more. Then she gives 5 of them to Tom. How many shells does Mia have left?
+Rephrased question: Mia starts with 12 shells, picks up another 7 and lets Tom have 5. How many shells remain hers?
+
+Question: {question}
+Rephrased question:"""
+ASK_ANSWER = """Work out the answer step by step, and end with "The answer is: " and the number.
+
+Question: Mia has 12 shells and finds 7 more. Then she gives 5 of them to Tom. How many shells does Mia have left?
+Answer: With those that she finds Mia has 12 + 7 = 19 shells. After giving some to Tom she has 19 - 5 = 14 shells.
+The answer is: 14
+
+Question: {question}
+Answer:"""
+PREAMBLE = re.compile(r"(?:[^\n]{0,100}:\s*\n)?\s*(?:[\w ]{0,20}\b(?:problem|question)\s*:\s*)?", re.IGNORECASE)
+DIGITS = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?")
+
+
+def question_ends(text: str) -> bool:
+    """Whether a model has written its question: one paragraph, not what it says before that, ending in a colon."""
+    return text.endswith("\n") and bool(clean_question(text))
+
+
+def answer_ends(text: str) -> bool:
+    """Whether a model has written its answer: up to the line of the marker."""
+    return text.endswith("\n") and extract_answer(text) is not None
+
+
+def clean_question(text: str) -> str:
+    """A question without what a model says before it, and without the quotes around it."""
+    return text[PREAMBLE.match(text).end() :].strip("*\"'` \n")
+
+
+def question_fault(seed: Seed, question: str) -> str | None:
+    """Why a model's question cannot be another form of the seed's, or None."""
+    if not question or MARKER.search(question) or ("?" in seed.question and not question.endswith("?")):
+        return "no question"
+    if not {*DIGITS.findall(seed.question)} <= {*DIGITS.findall(question)}:
+        return "a number of the question lost"
+    return None
+
+
+def finish_answer(seed: Seed, answer: str) -> str:
+    """A right answer with the ending of the seed's behind its own, so that all rows of a file end alike."""
+    ending = split_answer(seed.answer)[1]
+    right = same_answer(extract_answer(answer), seed.final)
+    return join_answer(answer, ending) if right and not answer.endswith(ending) else answer
+
+
+# ------------------------------------------------------------------------------------------------ what is kept
 
 
 @dataclass
