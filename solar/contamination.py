@@ -9,8 +9,9 @@ are currency and per cent signs; an apostrophe is dropped ("don't" is "dont"). A
 1000 and 18.0 is 18. Numbers that are spelled out are words like others.
 
 **Numbers.** Two mathematics problems of one template with other numbers are different problems, although they may well
-share 13 words. So where the benchmark's text holds numbers, a shared n-gram counts if the example holds all of them;
-and whatever the numbers are, 2n words in a row count: an excerpt of a text lacks some of its numbers, and is a copy.
+share 13 words. So where the benchmark's text holds numbers, a shared n-gram counts if the example holds all of them, as
+often. An excerpt of a text lacks some of its numbers, and is a copy: so 2n words in a row count too, unless a number
+ends them where the example has another one.
 
 What is shared is found by hash and then compared word by word, so nothing is dropped for a collision. Memory holds the
 benchmarks, about 40 bytes a word, and one example at a time.
@@ -18,6 +19,7 @@ benchmarks, about 40 bytes a word, and one example at a time.
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +33,8 @@ SHORTEST = 8  # words of a benchmark's text; GPT-3's lower end too
 WORD = re.compile(r"(?P<number>\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?)|[^\W\d_]+")
 APOSTROPHES = str.maketrans("", "", "'’‘`´")
 FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, from the golden ratio: the hash of words w1 w2 ... is a polynomial in it
-END, UNKNOWN, BEYOND = -1, -2, -3  # of a benchmark's text; a word of no benchmark; behind all words of an example
+END, BEYOND = -1, -2  # of a benchmark's text, of all texts of an example
+UNKNOWN, UNKNOWN_NUMBER = -3, -4  # words of no benchmark
 
 
 def words(text: str) -> list[str]:
@@ -77,7 +80,7 @@ class Benchmarks:
         self.short = 0
         self._vocabulary: dict[str, int] = {}
         self._places: list[tuple[Path, int]] = []
-        self._numbers: list[frozenset[int]] = []  # of each text
+        self._numbers: list[Counter[int]] = []  # of each text
         ids: list[np.ndarray] = []
         for path, line, text in texts:
             found = words(text)
@@ -86,7 +89,7 @@ class Benchmarks:
                 continue
             own = [self._vocabulary.setdefault(word, len(self._vocabulary)) for word in found]
             self._places.append((path, line))
-            self._numbers.append(frozenset(i for i, word in zip(own, found, strict=True) if word[0].isdigit()))
+            self._numbers.append(Counter(i for i, word in zip(own, found, strict=True) if word[0].isdigit()))
             ids.append(np.array([*own, END], np.int32))
         self.texts = len(ids)
         if not ids:
@@ -116,8 +119,10 @@ class Benchmarks:
         """The first contamination found in the texts of one example, or None."""
         ids = []
         for text in texts:
-            ids += [self._vocabulary.get(word, UNKNOWN) for word in words(text)]
-            ids.append(UNKNOWN)  # no n-gram goes on from one text to the next
+            for word in words(text):
+                unknown = UNKNOWN_NUMBER if word[0].isdigit() else UNKNOWN
+                ids.append(self._vocabulary.get(word, unknown))
+            ids.append(BEYOND)  # no n-gram goes on from one text to the next
         own, present = np.array(ids, np.int32), None
         for length, hashes in _hashes(own, self._index):
             known, _ = self._index[length]
@@ -125,13 +130,13 @@ class Benchmarks:
             hit = np.flatnonzero(known[np.minimum(first, len(known) - 1)] == hashes)
             if not len(hit):
                 continue
-            present = frozenset(ids) if present is None else present
+            present = Counter(ids) if present is None else present
             if found := self._verified(own, hit, hashes[hit], length, present):
                 return found
         return None
 
     def _verified(
-        self, own: np.ndarray, hit: np.ndarray, hashes: np.ndarray, length: int, present: frozenset[int]
+        self, own: np.ndarray, hit: np.ndarray, hashes: np.ndarray, length: int, present: Counter[int]
     ) -> Shared | None:
         """The first of an example's n-grams, at `hit`, that is in a benchmark word for word and by its numbers too."""
         known, positions = self._index[length]
@@ -145,11 +150,31 @@ class Benchmarks:
         same, twice = equal[:, :length].all(1), equal.all(1)
         text = np.searchsorted(self._starts, place, "right") - 1
         for i in np.flatnonzero(same):
-            if twice[i] or self._numbers[text[i]] <= present:
-                end = 2 * length if twice[i] else length
-                shared = " ".join(self._words[word] for word in self._ids[place[i] : place[i] + end])
-                return Shared(shared, *self._places[text[i]])
+            if self._numbers[text[i]] <= present:
+                end = length
+            elif twice[i] and not self._other_number(own, at[i], place[i]):
+                end = 2 * length
+            else:
+                continue
+            shared = " ".join(self._words[word] for word in self._ids[place[i] : place[i] + end])
+            return Shared(shared, *self._places[text[i]])
         return None
+
+    def _other_number(self, own: np.ndarray, at: int, place: int) -> bool:
+        """Whether the words that are shared here and around end where each side has a number, but not the same."""
+        for step in (1, -1):
+            mine, theirs = at, place
+            while own[mine] == self._ids[theirs]:
+                mine, theirs = mine + step, theirs + step
+                if not (0 <= mine < len(own) and theirs >= 0):
+                    break
+            else:
+                if self._is_number(own[mine]) and self._is_number(self._ids[theirs]):
+                    return True
+        return False
+
+    def _is_number(self, word: int) -> bool:
+        return word == UNKNOWN_NUMBER or (word >= 0 and self._words[word][0].isdigit())
 
 
 def _hashes(ids: np.ndarray, lengths: Iterable[int]) -> Iterator[tuple[int, np.ndarray]]:

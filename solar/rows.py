@@ -104,22 +104,23 @@ def _json(path: Path) -> Iterator[Row]:
     if is_array:
         start, at = at, BETWEEN_ITEMS.match(text, at + 1).end()
         line += text.count("\n", start, at)
-    while not (is_array and text[at : at + 1] == "]"):
+    if is_array and text[at : at + 1] == "]":
+        return
+    while True:
         try:
             value, end = decoder.raw_decode(text, at)
         except (ValueError, RecursionError):
             raise ValueError(f"{path}, line {line}: no JSON") from None
         yield Row(path, line, text[at:end], value)
         after = BETWEEN_ITEMS.match(text, end).end()
-        if text[after : after + 1] == "," and is_array:
-            after = BETWEEN_ITEMS.match(text, after + 1).end()
-        elif text[after:] and not (is_array and text[after] == "]"):
-            line += text.count("\n", at, after)
-            raise ValueError(f"{path}, line {line}: no JSON; rows of their own are read from .jsonl files")
         line += text.count("\n", at, after)
-        at = after
-        if not is_array:
+        separator = text[after : after + 1]
+        if separator == ("]" if is_array else ""):
             return
+        if separator != "," or not is_array:
+            raise ValueError(f"{path}, line {line}: no JSON; rows of their own are read from .jsonl files")
+        at = BETWEEN_ITEMS.match(text, after + 1).end()
+        line += text.count("\n", after, at)
 
 
 def _csv(path: Path) -> Iterator[Row]:
