@@ -55,28 +55,29 @@ def rephrase(seed: Seed, number: int, random_seed: int) -> tuple[str, str]:
     The answer ends as that of `seed` does, with the same marker; it is what the rephrased question asks for, so whether
     it agrees with `seed.final` is for the caller to check.
     """
-    rng = random.Random(f"{random_seed} {seed.question}")
+    order = random.Random(f"{random_seed} {seed.question}")  # the same for each number, so that all are different
+    rng = random.Random(f"{random_seed} {number} {seed.question}")
     problem = problems.recognise(seed.question)
     body, ending = split_answer(seed.answer)
     if problem is None or problem.question != seed.question:
-        question = _reword(seed.question, number, rng)
-        return question, join_answer(_rework(body, seed.final, number, rng), ending)
+        question = _reword(seed.question, number, order, rng)
+        return question, join_answer(_rework(body, seed.final, number, order), ending)
     others = [i for i in range(len(problems.FAMILIES[problem.family].phrasings)) if i != problem.phrasing]
-    rng.shuffle(others)
+    order.shuffle(others)
     turn, place = divmod(number, len(others))
     told = problems.retell(problem, others[place], rng)
     question = f"{LEADS[turn % len(LEADS)]} {told.question}".strip()
-    solution = _rework(told.solution, told.answer, number, rng) if turn else told.solution
+    solution = _rework(told.solution, told.answer, number, order) if turn else told.solution
     return question, f"{solution} {problems.MARKER} {told.answer}"
 
 
-def _reword(question: str, number: int, rng: random.Random) -> str:
+def _reword(question: str, number: int, order: random.Random, rng: random.Random) -> str:
     """Another lead, and another form of the last sentence if that is a question; never neither."""
     start = max((found.end() for found in re.finditer(r"[.!?]\s+", question)), default=0)
     last = question[start:]
     forms = range(len(FORMS) if QUESTION.match(last) else 1)
     ways = [(lead, form) for lead in range(len(LEADS)) for form in forms if lead or form]
-    rng.shuffle(ways)
+    order.shuffle(ways)
     lead, form = ways[number % len(ways)]
     if form:
         last = f"{FORMS[form]} {last[0].lower()}{last[1:]}"
@@ -84,12 +85,12 @@ def _reword(question: str, number: int, rng: random.Random) -> str:
     return f"{LEADS[lead]} {text}".strip()
 
 
-def _rework(body: str, final: str, number: int, rng: random.Random) -> str:
+def _rework(body: str, final: str, number: int, order: random.Random) -> str:
     """The same steps with another opening or closing; never neither."""
     separator = "\n" if "\n" in body else " "
     closings = range(1 if MARKER.search(body) else len(CLOSINGS))  # steps that name the answer need no closing
     ways = [(opening, closing) for opening in range(len(OPENINGS)) for closing in closings if opening or closing]
-    rng.shuffle(ways)
+    order.shuffle(ways)
     opening, closing = ways[number % len(ways)]
     parts = (OPENINGS[opening], body, CLOSINGS[closing].format(final=final))
     return separator.join(part for part in parts if part)

@@ -23,6 +23,9 @@ NUMBER = re.compile(
     r"[-−–]?[\s$€£]*[-−–]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s?/\s?\d+)?|\.\d+)(?!\d)"
     r"(?=\s?%|[*_`$.,;:!?)\]]*(?:$|\s+[^\W\d_])|[^\W\d_]{2})"  # behind it nothing, or words: not the rest of a formula
 )
+PLAIN = re.compile(
+    r"-?\d{1,100}(?:\.\d{1,100}|/0*[1-9]\d{0,99})?"
+)  # what Fraction reads at once: 1e999999999 it does not
 SENTENCE_END = re.compile(r"[.!?]\s+|\n\s*")
 DECORATION = "*_`\"'$:=~≈ \t"
 
@@ -97,10 +100,9 @@ def same_answer(first: str | None, second: str | None) -> bool:
     """
     if first is None or second is None:
         return False
-    try:
+    if PLAIN.fullmatch(first) and PLAIN.fullmatch(second):
         return Fraction(first) == Fraction(second)
-    except (ValueError, ZeroDivisionError):
-        return re.sub(r"\s", "", first) == re.sub(r"\s", "", second)
+    return re.sub(r"\s", "", first) == re.sub(r"\s", "", second)
 
 
 def read_seeds(paths: Iterable[Path], bad: BadRows) -> list[Seed]:
