@@ -213,7 +213,8 @@ def _by_model(options: RephraseOptions, out: Path, attempts: list[tuple[Seed, in
             file.flush()
             os.fsync(file.fileno())
             print(f"{first + len(batch):,} of {len(attempts):,} tried, {len(kept.rows):,} kept", file=sys.stderr)
-        del kept.rows[options.count :]
+        if options.count is not None:
+            del kept.rows[options.count :]
         if kept.rows:
             with _publish(out) as published:
                 published.writelines(map(_line, kept.rows))
