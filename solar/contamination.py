@@ -14,7 +14,7 @@ often. An excerpt of a text lacks some of its numbers, and is a copy: so 2n word
 ends them where the example has another one.
 
 What is shared is found by hash and then compared word by word, so nothing is dropped for a collision. Memory holds the
-benchmarks, about 40 bytes a word, and one example at a time.
+benchmarks, about 100 bytes a word, and one example at a time.
 """
 
 import re
@@ -30,11 +30,10 @@ from solar.rows import BadRows, Row, read_any, read_rows, strings
 
 WORDS = 13
 SHORTEST = 8  # words of a benchmark's text; GPT-3's lower end too
-WORD = re.compile(r"(?P<number>\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?)|[^\W\d_]+")
+WORD = re.compile(r"[^\W\d_]+|\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?")
 APOSTROPHES = str.maketrans("", "", "'’‘`´")
 FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, from the golden ratio: the hash of words w1 w2 ... is a polynomial in it
-END, BEYOND = -1, -2  # of a benchmark's text, of all texts of an example
-UNKNOWN, UNKNOWN_NUMBER = -3, -4  # words of no benchmark
+END, UNKNOWN, BEYOND = -1, -2, -3  # of a benchmark's text; a word of no benchmark; behind all words of an example
 
 
 def words(text: str) -> list[str]:
@@ -42,7 +41,7 @@ def words(text: str) -> list[str]:
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text)
     text = text.translate(APOSTROPHES).casefold()
-    return [_value(found.group()) if found.lastgroup else found.group() for found in WORD.finditer(text)]
+    return [_value(word) if "," in word or "." in word else word for word in WORD.findall(text)]
 
 
 def _value(number: str) -> str:
@@ -117,12 +116,12 @@ class Benchmarks:
 
     def shared(self, texts: Iterable[str]) -> Shared | None:
         """The first contamination found in the texts of one example, or None."""
-        ids = []
+        spoken = []
         for text in texts:
-            for word in words(text):
-                unknown = UNKNOWN_NUMBER if word[0].isdigit() else UNKNOWN
-                ids.append(self._vocabulary.get(word, unknown))
-            ids.append(BEYOND)  # no n-gram goes on from one text to the next
+            spoken += words(text)
+            spoken.append("")  # no benchmark's word: no n-gram goes on from one text to the next
+        known_id = self._vocabulary.get
+        ids = [known_id(word, UNKNOWN) for word in spoken]
         own, present = np.array(ids, np.int32), None
         for length, hashes in _hashes(own, self._index):
             known, _ = self._index[length]
@@ -131,12 +130,18 @@ class Benchmarks:
             if not len(hit):
                 continue
             present = Counter(ids) if present is None else present
-            if found := self._verified(own, hit, hashes[hit], length, present):
+            if found := self._verified(spoken, own, hit, hashes[hit], length, present):
                 return found
         return None
 
     def _verified(
-        self, own: np.ndarray, hit: np.ndarray, hashes: np.ndarray, length: int, present: Counter[int]
+        self,
+        spoken: list[str],
+        own: np.ndarray,
+        hit: np.ndarray,
+        hashes: np.ndarray,
+        length: int,
+        present: Counter[int],
     ) -> Shared | None:
         """The first of an example's n-grams, at `hit`, that is in a benchmark word for word and by its numbers too."""
         known, positions = self._index[length]
@@ -152,7 +157,7 @@ class Benchmarks:
         for i in np.flatnonzero(same):
             if self._numbers[text[i]] <= present:
                 end = length
-            elif twice[i] and not self._other_number(own, at[i], place[i]):
+            elif twice[i] and not self._other_number(spoken, own, at[i], place[i]):
                 end = 2 * length
             else:
                 continue
@@ -160,7 +165,7 @@ class Benchmarks:
             return Shared(shared, *self._places[text[i]])
         return None
 
-    def _other_number(self, own: np.ndarray, at: int, place: int) -> bool:
+    def _other_number(self, spoken: list[str], own: np.ndarray, at: int, place: int) -> bool:
         """Whether the words that are shared here and around end where each side has a number, but not the same."""
         for step in (1, -1):
             mine, theirs = at, place
@@ -169,12 +174,10 @@ class Benchmarks:
                 if not (0 <= mine < len(own) and theirs >= 0):
                     break
             else:
-                if self._is_number(own[mine]) and self._is_number(self._ids[theirs]):
+                word = self._ids[theirs]
+                if spoken[mine][:1].isdigit() and word >= 0 and self._words[word][0].isdigit():
                     return True
         return False
-
-    def _is_number(self, word: int) -> bool:
-        return word == UNKNOWN_NUMBER or (word >= 0 and self._words[word][0].isdigit())
 
 
 def _hashes(ids: np.ndarray, lengths: Iterable[int]) -> Iterator[tuple[int, np.ndarray]]:

@@ -66,14 +66,15 @@ def read_any(path: Path, bad: BadRows) -> Iterator[Row]:
 
 
 def strings(value: Any) -> Iterator[str]:
-    """All strings in a JSON value, keys of objects among them: some benchmarks keep their answers there."""
+    """All strings in a JSON value, and keys of objects that are more than a word: some benchmarks' answers are keys."""
     waiting = [value]
     while waiting:
         value = waiting.pop()
         if isinstance(value, str):
             yield value
         elif isinstance(value, dict):
-            waiting += [part for item in reversed(value.items()) for part in reversed(item)]
+            for key, item in reversed(value.items()):
+                waiting += [item, key] if " " in key else [item]
         elif isinstance(value, list):
             waiting += reversed(value)
 
