@@ -6,7 +6,7 @@ to 12 words is looked for as a whole; shorter ones are names, numbers and choice
 
 **Words.** Letters in lower case, in Unicode's compatibility form; punctuation parts words and is otherwise ignored, so
 are currency and per cent signs; an apostrophe is dropped ("don't" is "dont"). A number is a word by its value: 1,000 is
-1000 and 18.0 is 18. Numbers that are spelled out are words like others.
+1000 and 18.0 is 18. Numbers that are spelled out are words like others. GSM8K's calculator marks are left out.
 
 **Numbers.** Two mathematics problems of one template with other numbers are different problems, although they may well
 share 13 words. So where the benchmark's text holds numbers, a shared n-gram counts if the example holds all of them, as
@@ -27,6 +27,7 @@ from typing import NamedTuple
 import numpy as np
 
 from solar.rows import BadRows, Row, read_any, read_rows, strings
+from solar.seeds import CALCULATOR
 
 WORDS = 13
 SHORTEST = 8  # words of a benchmark's text; GPT-3's lower end too
@@ -40,7 +41,7 @@ def words(text: str) -> list[str]:
     """The words of a text, as they are compared."""
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text)
-    text = text.translate(APOSTROPHES).casefold()
+    text = CALCULATOR.sub("", text).translate(APOSTROPHES).casefold()
     return [_value(word) if "," in word or "." in word else word for word in WORD.findall(text)]
 
 

@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # A module imports strictly lower layers. L0 also holds kernels/.
 LAYERS = {
     0: ["config", "plan", "cli", "tokenizer", "tensorfile", "losses", "optim", "problems", "permutation", "rows"],
-    1: ["model", "corpus", "contamination", "seeds"],
-    2: ["checkpoint", "shards", "rephrase"],
+    1: ["model", "corpus", "seeds"],
+    2: ["checkpoint", "shards", "rephrase", "contamination"],
     3: ["upscale", "sampling", "data", "dist", "snapshot"],
     4: ["base", "analyze", "mathdata"],
 }
