@@ -194,14 +194,15 @@ def _by_model(options: RephraseOptions, out: Path, attempts: list[tuple[Seed, in
     """Each batch, when it is done, is a line of OUT.partial, from which an interrupted run with the same model, seeds
     and options goes on, to the file that it would have written."""
     partial = out.with_name(out.name + ".partial")
+    rephraser = Rephraser(options)
+    key = rephraser.key(attempts)
     partial.parent.mkdir(parents=True, exist_ok=True)
     with open(partial, "a+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"{partial} is being written by another run; wait, or give another --out") from None
-        rephraser = Rephraser(options)
-        kept, done = _resume(partial, file, rephraser.key(attempts))
+        kept, done = _resume(partial, file, key)
         for first in range(done, len(attempts), options.batch_size):
             if kept.full(options.count):
                 break
@@ -209,7 +210,8 @@ def _by_model(options: RephraseOptions, out: Path, attempts: list[tuple[Seed, in
             rows, dropped = len(kept.rows), kept.dropped.copy()
             rephraser.rephrase([seed for seed, _ in batch], first, kept)
             new = {"done": first + len(batch), "rows": kept.rows[rows:], "dropped": kept.dropped - dropped}
-            file.write(_line(new).encode())
+            head = "" if first else _line({"key": key})
+            file.write((head + _line(new)).encode())
             file.flush()
             os.fsync(file.fileno())
             print(f"{first + len(batch):,} of {len(attempts):,} tried, {len(kept.rows):,} kept", file=sys.stderr)
@@ -245,9 +247,7 @@ def _resume(partial: Path, file, key: str) -> tuple[Kept, int]:
         except (KeyError, TypeError, json.JSONDecodeError):
             raise ValueError(f"{partial}, line {number + 1}: not what this command writes; remove the file") from None
         end += len(line)
-    file.truncate(end)
-    if not end:
-        file.write(_line({"key": key}).encode())
+    file.truncate(end if done else 0)
     if done:
         print(f"{partial}: going on after {done:,} rephrasings, {len(rows):,} kept", file=sys.stderr)
     return Kept(rows, dropped), done

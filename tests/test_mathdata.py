@@ -242,6 +242,18 @@ def test_what_another_run_has_begun_is_not_continued(seeds, tmp_path, speak):
         by_model(seeds, out)
 
 
+def test_a_run_that_did_not_get_to_work_is_in_nobodys_way(seeds, tmp_path, speak):
+    out = tmp_path / "out.jsonl"
+    with pytest.raises(ValueError, match="temperature must be 0"):
+        by_model(seeds, out, "--temperature", -1)
+    speak()
+    by_model(seeds, out)
+    assert len(lines(out)) > 5
+    with pytest.raises(FileNotFoundError):
+        run("rephrase", "--seeds", seeds, "--out", tmp_path / "other.jsonl", "--model", tmp_path / "nowhere")
+    assert {path.name for path in tmp_path.iterdir()} == {"seeds.jsonl", "out.jsonl"}
+
+
 def test_nothing_kept_by_a_model_is_an_error_and_leaves_nothing(seeds, tmp_path):
     """The base as it is: what it writes in ten tokens is no question."""
     out = tmp_path / "out.jsonl"
