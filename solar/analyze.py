@@ -5,7 +5,6 @@ installed, as a PNG; below them stands what each run scored on held-out text, be
 """
 
 import importlib.util
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,12 +135,7 @@ def curves(options: CurvesOptions) -> None:
 
 
 def main() -> None:
-    commands = {"curves": (CurvesOptions, curves)}
-    command = sys.argv[1] if len(sys.argv) > 1 else ""
-    if command not in commands:
-        raise ValueError(f"{command!r} is not one of {', '.join(commands)}: python -m solar.analyze COMMAND --help")
-    options, do = commands[command]
-    do(cli.parse(options, sys.argv[2:], prog=f"python -m solar.analyze {command}", description=do.__doc__))
+    cli.run_command("python -m solar.analyze", {"curves": (CurvesOptions, curves)})
 
 
 if __name__ == "__main__":

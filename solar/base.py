@@ -198,11 +198,7 @@ COMMANDS = {"begin": (BeginOptions, begin), "examine": (ExamineOptions, examine)
 
 
 def main() -> None:
-    command = sys.argv[1] if len(sys.argv) > 1 else ""
-    if command not in COMMANDS:
-        raise ValueError(f"{command!r} is not one of {', '.join(COMMANDS)}: python -m solar.base COMMAND --help")
-    options, do = COMMANDS[command]
-    do(cli.parse(options, sys.argv[2:], prog=f"python -m solar.base {command}", description=do.__doc__))
+    cli.run_command("python -m solar.base", COMMANDS)
 
 
 if __name__ == "__main__":

@@ -76,6 +76,23 @@ def parse(options: type[T], argv: list[str] | None = None, *, prog: str, descrip
     return options(**vars(parser.parse_args(argv)))
 
 
+def run_command(prog: str, commands: dict[str, tuple[type, Callable[[typing.Any], None]]]) -> None:
+    """Carry out `prog COMMAND ...`. commands: {name: (dataclass of its flags, function that takes one)}.
+
+    The function's docstring is its help; `--help` in place of a command lists them. Raises ValueError for an unknown
+    command, naming those that there are.
+    """
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name in ("-h", "--help"):
+        for known, (_, do) in commands.items():
+            print(f"{prog} {known}: {do.__doc__.partition(chr(10))[0]}")
+        return
+    if name not in commands:
+        raise ValueError(f"{name!r} is not one of {', '.join(commands)}: {prog} COMMAND --help")
+    options, do = commands[name]
+    do(parse(options, sys.argv[2:], prog=f"{prog} {name}", description=do.__doc__))
+
+
 def command_line(options, label: str) -> str:
     """The flags that give `options`, also those left as they were, without those that are unset; behind a label."""
     words = []
@@ -349,7 +366,7 @@ def lock(descriptor: int, wait: bool = False) -> bool:
 
 
 def is_busy(descriptor: int) -> bool:
-    """Lock a file as `lock` does a directory; True if another process has it. Where nobody can lock, it counts as free."""
+    """Lock a file, or say that another process has it (True). Where nobody can lock, it counts as free."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -13,8 +13,11 @@ whatever the seeds and however much is generated.
 
 import hashlib
 import random
+import re
+import string
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from itertools import islice
 from typing import Literal, NamedTuple
 
@@ -321,19 +324,82 @@ def _generate(rng: random.Random, split: Split) -> Iterator[Problem]:
     names = list(FAMILIES)
     while True:
         family = rng.choice(names)
-        draw, results, phrasings = FAMILIES[family]
+        draw, _, phrasings = FAMILIES[family]
         operands = draw(rng)
         while is_held_out(family, operands) != (split == "heldout"):
             operands = draw(rng)
         phrasing = rng.randrange(len(phrasings))
         name, other = rng.sample(NAMES, 2)
         things, those = rng.sample(THINGS, 2)
-        steps = results(*operands)
-        filled = {"name": name, "other": other, "things": things, "those": those}
-        filled |= zip("abcd", operands, strict=False)
-        filled |= zip("xyz", steps, strict=False)
-        question, solution = (template.format(**filled) for template in phrasings[phrasing])
-        yield Problem(family, phrasing, operands, question, solution, str(steps[-1]))
+        words = {"name": name, "other": other, "things": things, "those": those}
+        yield _tell(family, phrasing, operands, words)
+
+
+def _tell(family: str, phrasing: int, operands: tuple[int, ...], words: dict[str, str]) -> Problem:
+    steps = FAMILIES[family].results(*operands)
+    filled = words | dict(zip("abcd", operands, strict=False)) | dict(zip("xyz", steps, strict=False))
+    question, solution = (template.format(**filled) for template in FAMILIES[family].phrasings[phrasing])
+    return Problem(family, phrasing, operands, question, solution, str(steps[-1]))
+
+
+def recognise(text: str) -> Problem | None:
+    """The first problem whose question stands in `text`, word for word, whoever wrote it there; None if there is none.
+
+    Operands that no family would draw are no problem of ours where the story is not true of them: what cannot be shared
+    equally, or an answer below 1.
+    """
+    found = _find(text)
+    return found and found[0]
+
+
+def retell(problem: Problem, phrasing: int, rng: random.Random) -> Problem:
+    """The same problem in another phrasing of its family: same operands, same people and things.
+
+    Who or what the first story did not need is drawn. Raises ValueError for a question that is not the problem's.
+    """
+    found = _find(problem.question)
+    if found is None or found[0].operands != problem.operands:
+        raise ValueError(f"not a question of the family {problem.family}: {problem.question!r:.80}")
+    words = found[1]
+    for kinds, choice in ((("name", "other"), NAMES), (("things", "those"), THINGS)):
+        for kind in kinds:
+            if kind not in words:
+                words[kind] = rng.choice([word for word in choice if word not in words.values()])
+    return _tell(problem.family, phrasing, problem.operands, words)
+
+
+def _find(text: str) -> tuple[Problem, dict[str, str]] | None:
+    """(problem, the words that fill its story) of the first question in the text."""
+    for (family, phrasing), pattern in _patterns().items():
+        if (match := pattern.search(text)) is None:
+            continue
+        words = match.groupdict()
+        operands = tuple(int(words.pop(letter)) for letter in "abcd" if letter in words)
+        if (family == "sharing" and (not operands[1] or operands[0] % operands[1])) or (
+            min(FAMILIES[family].results(*operands)) < 1
+        ):
+            continue
+        return _tell(family, phrasing, operands, words), words
+    return None
+
+
+@cache
+def _patterns() -> dict[tuple[str, int], re.Pattern]:
+    """{(family, phrasing): a pattern of the question, with a group for everything that fills it}"""
+    choices = {"name": NAMES, "other": NAMES, "things": THINGS, "those": THINGS}
+    patterns = {}
+    for name, family in FAMILIES.items():
+        for phrasing, (question, _) in enumerate(family.phrasings):
+            pattern, seen = "", set()
+            for literal, field, _, _ in string.Formatter().parse(question):
+                pattern += re.escape(literal)
+                if field in seen:
+                    pattern += f"(?P={field})"
+                elif field:
+                    pattern += f"(?P<{field}>{'|'.join(choices.get(field, ['[0-9]{1,9}']))})"
+                    seen.add(field)
+            patterns[name, phrasing] = re.compile(pattern)
+    return patterns
 
 
 def documents(seed: int, count: int, split: Split) -> Iterator[str]:

@@ -76,6 +76,33 @@ def test_help_names_every_flag_and_default(capsys):
     assert "None" not in out
 
 
+def test_a_command_is_chosen_by_its_name(capsys, monkeypatch):
+    @dataclass
+    class Number:
+        count: int = cli.flag(2, help="how many")
+
+    def double(options):
+        """Twice a number.
+
+        More.
+        """
+        print(options.count * 2)
+
+    commands = {"double": (Number, double)}
+    for argv, out in (
+        (["double", "--count", "4"], "8\n"),
+        (["double"], "4\n"),
+        (["--help"], "prog double: Twice a number.\n"),
+    ):
+        monkeypatch.setattr("sys.argv", ["x", *argv])
+        cli.run_command("prog", commands)
+        assert capsys.readouterr().out == out
+    for argv in ([], ["halve"]):
+        monkeypatch.setattr("sys.argv", ["x", *argv])
+        with pytest.raises(ValueError, match="is not one of double: prog COMMAND --help"):
+            cli.run_command("prog", commands)
+
+
 @pytest.mark.parametrize(
     ("body", "code", "message"),
     [

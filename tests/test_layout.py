@@ -13,12 +13,12 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = {
     0: [
         "config", "plan", "cli", "tokenizer", "tensorfile", "losses", "optim", "problems", "permutation", "tally",
-        "chats",
+        "chats", "rows",
     ],
-    1: ["model", "meter", "corpus", "tokens", "packing", "logps"],
-    2: ["checkpoint", "shards"],
+    1: ["model", "meter", "corpus", "tokens", "packing", "logps", "seeds"],
+    2: ["checkpoint", "shards", "rephrase", "contamination"],
     3: ["upscale", "merge", "sampling", "data", "dist", "snapshot", "examples"],
-    4: ["base", "analyze", "packed", "reference"],
+    4: ["base", "analyze", "packed", "reference", "mathdata"],
     5: ["inputs"],
 }  # fmt: skip
 REQUIRED = {"torch", "numpy", "sentencepiece", "safetensors", "triton"}

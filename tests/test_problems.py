@@ -10,7 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from solar.problems import FAMILIES, documents, extract_answer, generate, is_held_out, majority, prompt
+from solar.problems import (
+    FAMILIES,
+    documents,
+    extract_answer,
+    generate,
+    is_held_out,
+    majority,
+    prompt,
+    recognise,
+    retell,
+)
 
 # What each family asks for, written down a second time.
 ANSWERS = {
@@ -137,3 +147,42 @@ def test_no_answer_is_none(text):
 def test_another_split_is_refused():
     with pytest.raises(ValueError, match="train and heldout, not 'test'"):
         generate(0, "test")
+
+
+def test_a_problem_is_recognised_by_its_words(problems):
+    for p in problems[::4]:
+        assert recognise(p.question) == p
+        assert recognise(f"Solve this. {p.question} Think.") == p
+    for text in ("", "Mia has 12 shells.", "A garden is long."):
+        assert recognise(text) is None
+
+
+def test_what_no_story_is_true_of_is_not_recognised():
+    text = "A farmer puts {} eggs into {} baskets, the same number in each. Then 3 eggs are added to one basket. "
+    text += "How many eggs are in that basket?"
+    assert recognise(text.format(8, 4)).answer == "5"
+    for total, baskets in ((9, 4), (8, 0), (0, 4)):
+        assert recognise(text.format(total, baskets)) is None
+    assert recognise(text.format("8" * 5_000, 4)) is None
+
+
+def test_every_phrasing_can_be_retold_as_every_other(problems):
+    rng = random.Random(0)
+    told = {(p.family, p.phrasing): p for p in problems[:3_000]}
+    assert len(told) == sum(len(family.phrasings) for family in FAMILIES.values())
+    for (family, phrasing), p in told.items():
+        for other in range(len(FAMILIES[family].phrasings)):
+            q = retell(p, other, rng)
+            assert (q.family, q.phrasing, q.operands, q.answer) == (family, other, p.operands, p.answer)
+            assert recognise(q.question) == q
+            assert retell(q, phrasing, rng).operands == p.operands
+        assert retell(p, phrasing, rng) == p
+
+
+def test_retelling_keeps_people_and_things():
+    p = next(p for p in generate(0, "train") if (p.family, p.phrasing) == ("gains", 0))
+    name, things = p.question.split()[0], p.question.split()[3]
+    assert retell(p, 3, random.Random(0)).question.startswith(f"{name} saved ")
+    assert f"{p.operands[0]} {things}." in retell(p, 2, random.Random(0)).question
+    with pytest.raises(ValueError, match="not a question of the family gains"):
+        retell(p._replace(question="What?"), 0, random.Random(0))
