@@ -13,6 +13,8 @@ NPROC  ?= 1
 ARGS   ?=
 PYTHON ?=
 PEER   ?=
+DATA   ?=
+MODELS ?=
 
 # conda's base environment is active in every shell that conda has touched: that is no choice of an environment; nor is
 # our own .venv, which these targets keep complete.
@@ -42,8 +44,15 @@ BASE_RECIPE := --data stdlib:0.3 problems:0.7 --batch-size 4 --max-steps 5200 --
 # the base's highest learning rate: enough to mend the seam, not enough to forget what both halves know.
 PRETRAIN_RECIPE := --data stdlib:0.3 problems:0.7 --max-steps 200 --lr 1e-3 --eval-every 100 --holdout 0.02
 
+# Instruction tuning and preferences. Zephyr's shape (arXiv:2310.16944), at learning rates for a model of 8 million.
+SFT_RECIPE := --stage sft --sequence-length 512 --batch-size 4 --epochs 1 --lr 1e-3 --warmup-steps 5 \
+  --holdout 0.02 --eval-every 0 --save-every 1000
+PAIRS_RECIPE := --sequence-length 512 --holdout 0.02
+DPO_RECIPE := --stage dpo $(PAIRS_RECIPE) --batch-size 4 --epochs 1 --lr 5e-5 --beta 0.1 --warmup-steps 5 \
+  --eval-every 0 --save-every 1000
+
 .DEFAULT_GOAL := help
-.PHONY: help setup upscale base pretrain test test-full test-gpu bench-gpu bench clean check check-dev
+.PHONY: help setup upscale base pretrain sft reference dpo sdpo merge align test test-full test-gpu bench-gpu bench clean check check-dev
 
 help:  ## this list
 	@echo "usage: make TARGET [MODEL=DIR] [OUT=DIR] [PLAN=dus:8] [NPROC=N] [PYTHON=python3] [ARGS=...]"
@@ -73,6 +82,120 @@ base: $(READY)  ## train the small base that comes along anew, from nothing: abo
 	@$(PY) -m solar.base begin --out out/base-begun --force
 	@$(TRAIN) --model out/base-begun --out out/base $(BASE_RECIPE) $(ARGS)
 	@$(PY) -m solar.base embed --run out/base --out solar/assets/base --force
+
+# MODEL=, DATA= and OUT= of these come from the command line, or are what the target before wrote.
+given = $(if $(filter command line,$(origin $1)),--$2 $($1))
+
+out/instruct/%.jsonl: | $(READY)
+	@$(PY) -m solar.instructions $* --out $@
+out/instruct/seeds.jsonl: | $(READY)
+	@$(PY) -m solar.mathdata problems --count 1500 --out $@
+out/instruct/math.jsonl: out/instruct/seeds.jsonl
+	@$(PY) -m solar.mathdata rephrase --seeds $< --out $@
+out/instruct/math-pairs.jsonl: out/instruct/math.jsonl
+	@$(PY) -m solar.mathdata pairs --instruct $< --out $@
+
+SFT_DATA := $(if $(DATA),$(DATA),out/instruct/alpaca.jsonl out/instruct/math.jsonl)
+DPO_DATA := $(if $(DATA),$(DATA),out/instruct/feedback.jsonl out/instruct/math-pairs.jsonl)
+
+sft: $(READY) $(SFT_DATA)  ## tune a model on instructions: MODEL=, DATA='A.jsonl B.jsonl', OUT=
+	@$(TRAIN) $(SFT_RECIPE) --data $(SFT_DATA) $(call given,MODEL,model) $(call given,OUT,out) $(ARGS)
+
+reference: $(READY) $(DPO_DATA)  ## what MODEL thinks of the pairs in DATA, kept for DPO
+	@$(PY) -m solar.reference $(PAIRS_RECIPE) --data $(DPO_DATA) $(call given,MODEL,model)
+
+dpo: reference  ## align MODEL to the preferences in DATA
+	@$(TRAIN) $(DPO_RECIPE) --data $(DPO_DATA) $(call given,MODEL,model) $(call given,OUT,out) $(ARGS)
+
+sdpo: $(READY) $(DPO_DATA)  ## the same in steps, easy files first, each with the model of the step before as reference
+	@model="$(if $(call given,MODEL,model),$(MODEL),out/sft/model)"; step=0; \
+	files=$$($(PY) -m solar.reference $(PAIRS_RECIPE) --data $(DPO_DATA) --model $$model --rank-chunks | tee /dev/stderr | tail -1) || exit; \
+	for file in $$files; do \
+	  step=$$((step + 1)); reference=out/sdpo/step-$$step.ref.jsonl; mkdir -p out/sdpo; \
+	  $(PY) -m solar.reference $(PAIRS_RECIPE) --data $$file --model $$model --out $$reference && \
+	  $(TRAIN) $(DPO_RECIPE) --data $$file --reference $$reference --model $$model --out out/sdpo/step-$$step $(ARGS) || exit; \
+	  model=out/sdpo/step-$$step/model; \
+	done
+
+merge: $(READY)  ## average models: MODELS='A B', OUT=
+	@$(PY) -m solar.merge --models $(or $(MODELS),out/dpo/model out/sdpo/step-2/model) --out $(if $(call given,OUT,out),$(OUT),out/merged) $(ARGS)
+
+# The whole recipe in miniature: SFT v1 to v4, DPO v1 to v3, sDPO, two candidates and their merges, as in the paper's
+# tables 3 to 8. Each model is a target of its own, made once: `make out/align/dpo-v2/model` makes what that one needs.
+A := out/align
+D := $(A)/data
+MADE := base grown continued sft-v1 sft-v2 sft-v3 sft-v4 sft-v3+v4 dpo-v1 dpo-v2 dpo-v1+v2 dpo-v3 sdpo-1 sdpo-2 cand-1 cand-2 \
+  merge-v1 merge-v2 merge-v3 merge-v4
+
+align: $(MADE:%=$(A)/%/model)  ## the whole recipe on the small base, and a table of all its models: under 20 minutes
+	@$(PY) -m solar.recipe $(A)
+
+$(D)/alpaca.jsonl: | $(READY)
+	@$(PY) -m solar.instructions alpaca --count 1500 --seed 0 --out $@
+$(D)/orca.jsonl: | $(READY)
+	@$(PY) -m solar.instructions orca --count 1000 --seed 1 --out $@
+$(D)/feedback.jsonl: | $(READY)
+	@$(PY) -m solar.instructions feedback --count 500 --seed 2 --out $@
+$(D)/seeds.jsonl: | $(READY)
+	@$(PY) -m solar.mathdata problems --count 1000 --seed 3 --out $@
+$(D)/math.jsonl: $(D)/seeds.jsonl
+	@$(PY) -m solar.mathdata rephrase --seeds $< --out $@
+$(D)/math-pairs.jsonl: $(D)/math.jsonl
+	@$(PY) -m solar.mathdata pairs --instruct $< --out $@
+
+jsonl = $(filter %.jsonl,$^)
+$(A)/base/model: | $(READY)
+	@mkdir -p $(@D) && cp -r solar/assets/base $@
+$(A)/grown/model: $(A)/base/model
+	@$(PY) -m solar.upscale --model $< --out $@ --plan dus
+$(A)/continued/model: $(A)/grown/model
+	@$(TRAIN) --model $< --out $(@D) $(PRETRAIN_RECIPE) --max-steps 100 --eval-every 0
+
+$(A)/sft-v1/model: $(D)/alpaca.jsonl
+$(A)/sft-v2/model: $(D)/alpaca.jsonl $(D)/orca.jsonl
+$(A)/sft-v3/model: $(D)/alpaca.jsonl $(D)/orca.jsonl $(D)/math.jsonl
+$(A)/sft-v4/model: $(D)/alpaca.jsonl $(D)/math.jsonl
+$(A)/sft-v%/model: $(A)/continued/model
+	@$(TRAIN) $(SFT_RECIPE) --model $< --data $(jsonl) --out $(@D)
+$(A)/sft-v3+v4/model: $(A)/sft-v3/model $(A)/sft-v4/model
+	@$(PY) -m solar.merge --models $^ --out $@
+
+# What an SFT model thinks of a file of pairs: ref/FILE/MODEL.jsonl.
+.SECONDEXPANSION:
+$(A)/ref/feedback/%.jsonl: $(A)/$$*/model $(D)/feedback.jsonl
+	@$(PY) -m solar.reference $(PAIRS_RECIPE) --model $< --data $(D)/feedback.jsonl --out $@
+$(A)/ref/math-pairs/%.jsonl: $(A)/$$*/model $(D)/math-pairs.jsonl
+	@$(PY) -m solar.reference $(PAIRS_RECIPE) --model $< --data $(D)/math-pairs.jsonl --out $@
+# $1: the model to begin with, $2: the files of pairs.
+dpo = @$(TRAIN) $(DPO_RECIPE) --model $(A)/$1/model --data $(2:%=$(D)/%.jsonl) \
+  --reference $(2:%=$(A)/ref/%/$1.jsonl) --out $(@D)
+refs = $(2:%=$(A)/ref/%/$1.jsonl)
+BOTH := feedback math-pairs
+
+$(A)/dpo-v1/model: $(call refs,sft-v3,feedback)
+	$(call dpo,sft-v3,feedback)
+$(A)/dpo-v2/model: $(call refs,sft-v3,$(BOTH))
+	$(call dpo,sft-v3,$(BOTH))
+$(A)/dpo-v1+v2/model: $(A)/dpo-v1/model $(A)/dpo-v2/model
+	@$(PY) -m solar.merge --models $^ --out $@
+$(A)/dpo-v3/model: $(call refs,sft-v3+v4,$(BOTH))
+	$(call dpo,sft-v3+v4,$(BOTH))
+# The chunks are sources, easy ones first by the starting model's reward accuracy: see what align prints of --rank-chunks.
+$(A)/sdpo-1/model: $(call refs,sft-v3+v4,feedback)
+	@$(PY) -m solar.reference $(PAIRS_RECIPE) --model $(A)/sft-v3+v4/model --data $(BOTH:%=$(D)/%.jsonl) --rank-chunks
+	$(call dpo,sft-v3+v4,feedback)
+$(A)/sdpo-2/model: $(call refs,sdpo-1,math-pairs)
+	$(call dpo,sdpo-1,math-pairs)
+$(A)/cand-1/model: $(call refs,sft-v3+v4,$(BOTH))
+	$(call dpo,sft-v3+v4,$(BOTH)) --seed 1 --lr 1e-4
+$(A)/cand-2/model: $(call refs,sft-v3+v4,$(BOTH))
+	$(call dpo,sft-v3+v4,$(BOTH)) --seed 2 --beta 0.3
+$(A)/merge-v1/model: AMOUNT = --weights 0.5 0.5
+$(A)/merge-v2/model: AMOUNT = --weights 0.4 0.6
+$(A)/merge-v3/model: AMOUNT = --weights 0.6 0.4
+$(A)/merge-v4/model: AMOUNT = --method slerp --t 0.5
+$(A)/merge-v%/model: $(A)/cand-1/model $(A)/cand-2/model
+	@$(PY) -m solar.merge --models $^ --out $@ $(AMOUNT)
 
 test: $(TESTS)  ## every check that a CPU can run; before each commit, and in CI
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .

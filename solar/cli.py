@@ -20,7 +20,7 @@ import time
 import types
 import typing
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 # ------------------------------------------------------------------------------------------------ flags
@@ -325,6 +325,29 @@ def publish(out: Path, force: bool = False) -> Iterator[Path]:
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         os.close(alive)
+
+
+def check_output_file(out: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
+    """Raise FileExistsError for a file that may not be replaced, ValueError for one that is read too."""
+    if out.exists() and any(path.exists() and out.samefile(path) for path in inputs):
+        raise ValueError(f"{out} is read and cannot be written too; give another --out")
+    if out.exists() and (not force or not out.is_file()):
+        raise FileExistsError(f"{out} exists already: give another --out, or --force to replace a file")
+
+
+@contextlib.contextmanager
+def publish_file(out: Path) -> Iterator[typing.TextIO]:
+    """A file to write to, which is at `out` when the block has ended well, and on the disk; otherwise nothing is."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staging = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    try:
+        with open(staging, "w", encoding="utf-8") as file:
+            yield file
+        fsync(staging)
+        staging.replace(out)
+        fsync(out.parent)
+    finally:
+        staging.unlink(missing_ok=True)
 
 
 def _swap(staging: Path, out: Path) -> None:

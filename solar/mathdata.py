@@ -22,10 +22,10 @@ import os
 import random
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import Literal
 
 import torch
 
@@ -53,29 +53,6 @@ SHOWN = 10  # bad lines that are named, at most
 DRAWS = 100_000  # without a new problem: then there is none
 
 # ------------------------------------------------------------------------------------------------ files
-
-
-def _check_output(out: Path, force: bool, inputs: list[Path]) -> None:
-    """Raise FileExistsError for a file that may not be replaced, ValueError for one that is read too."""
-    if out.exists() and any(path.exists() and out.samefile(path) for path in inputs):
-        raise ValueError(f"{out} is read and cannot be written too; give another --out")
-    if out.exists() and (not force or not out.is_file()):
-        raise FileExistsError(f"{out} exists already: give another --out, or --force to replace a file")
-
-
-@contextlib.contextmanager
-def _publish(out: Path) -> Iterator[TextIO]:
-    """A file to write to, which is at `out` when the block has ended well, and on the disk; otherwise nothing is."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    try:
-        with open(staging, "w", encoding="utf-8") as file:
-            yield file
-        cli.fsync(staging)
-        staging.replace(out)
-        cli.fsync(out.parent)
-    finally:
-        staging.unlink(missing_ok=True)
 
 
 def _line(row: dict) -> str:
@@ -111,9 +88,9 @@ def make_problems(options: ProblemsOptions) -> None:
     if options.count < 1:
         raise ValueError(f"--count {options.count}: at least 1 problem is needed")
     out = Path(options.out)
-    _check_output(out, options.force, [])
+    cli.check_output_file(out, options.force, [])
     seen, draws = set(), 0
-    with _publish(out) as file:
+    with cli.publish_file(out) as file:
         for problem in problems.generate(options.seed, "train"):
             draws += 1
             if draws > DRAWS:
@@ -161,7 +138,7 @@ def make_instruct(options: RephraseOptions) -> None:
         if (value := getattr(options, name)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
     out, paths = Path(options.out), [Path(path) for path in options.seeds]
-    _check_output(out, options.force, paths)
+    cli.check_output_file(out, options.force, paths)
     bad = BadRows(options.skip_bad_lines)
     seeds = read_seeds(paths, bad)
     _report_bad(bad)
@@ -179,7 +156,7 @@ def make_instruct(options: RephraseOptions) -> None:
                 break
             kept.take(seed, *rephrase(seed, number, options.seed))
         kept.check()
-        with _publish(out) as file:
+        with cli.publish_file(out) as file:
             file.writelines(map(_line, kept.rows))
     else:
         kept = _by_model(options, out, attempts)
@@ -218,7 +195,7 @@ def _by_model(options: RephraseOptions, out: Path, attempts: list[tuple[Seed, in
         if options.count is not None:
             del kept.rows[options.count :]
         if kept.rows:
-            with _publish(out) as published:
+            with cli.publish_file(out) as published:
                 published.writelines(map(_line, kept.rows))
         partial.unlink()
     kept.check()
@@ -337,9 +314,9 @@ class PairsOptions:
 def make_pairs(options: PairsOptions) -> None:
     """Write preference pairs: the rephrased answer is chosen, the original one rejected."""
     path, out = Path(options.instruct), Path(options.out)
-    _check_output(out, options.force, [path])
+    cli.check_output_file(out, options.force, [path])
     bad, written, dropped = BadRows(options.skip_bad_lines), 0, Counter()
-    with _publish(out) as file:
+    with cli.publish_file(out) as file:
         for row in read_rows(path, bad):
             try:
                 prompt, chosen, rejected = text_fields(row.value, ("instruction", "output", "original_answer"))
@@ -382,16 +359,16 @@ def decontaminate(options: DecontaminateOptions) -> None:
     against = [Path(path) for path in options.against]
     outputs, report = _outputs(paths, out)
     for output in [*outputs, report]:
-        _check_output(output, options.force, [*paths, *against])
+        cli.check_output_file(output, options.force, [*paths, *against])
     bad = BadRows(options.skip_bad_lines)
     benchmarks = contamination.Benchmarks(contamination.read_texts(against, bad), options.ngram)
     print(f"{benchmarks.texts:,} texts of benchmarks, and {benchmarks.short:,} that are too short to be looked for")
     progress = cli.Progress("decontaminate", sum(path.stat().st_size for path in paths))
     counts = []
     with contextlib.ExitStack() as stack:
-        reported = stack.enter_context(_publish(report))
+        reported = stack.enter_context(cli.publish_file(report))
         for path, output in zip(paths, outputs, strict=True):
-            file = stack.enter_context(_publish(output))
+            file = stack.enter_context(cli.publish_file(output))
             counts.append([0, 0])
             for row, shared in contamination.sift(path, benchmarks, bad):
                 progress.advance(len(row.text) + 1)

@@ -15,11 +15,11 @@ LAYERS = {
         "config", "plan", "cli", "tokenizer", "tensorfile", "losses", "optim", "problems", "permutation", "tally",
         "chats", "rows",
     ],
-    1: ["model", "meter", "corpus", "tokens", "packing", "logps", "seeds"],
+    1: ["model", "meter", "corpus", "tokens", "packing", "logps", "seeds", "instructions"],
     2: ["checkpoint", "shards", "rephrase", "contamination"],
     3: ["upscale", "merge", "sampling", "data", "dist", "snapshot", "examples"],
     4: ["base", "analyze", "packed", "reference", "mathdata"],
-    5: ["inputs"],
+    5: ["inputs", "recipe"],
 }  # fmt: skip
 REQUIRED = {"torch", "numpy", "sentencepiece", "safetensors", "triton"}
 OPTIONAL = {"solar/tokenizer.py": {"tokenizers"}, "solar/analyze.py": {"matplotlib"}}
