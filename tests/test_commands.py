@@ -12,7 +12,7 @@ import pytest
 
 import generate
 import train
-from solar import analyze, base, plan, upscale
+from solar import analyze, base, mathdata, merge, plan, reference, upscale
 from tests.bench import compare, make_checkpoint, perplexity
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -196,6 +196,12 @@ def test_every_flag_and_plan_in_the_readme_exists():
         "train.py": train.Options,
         "solar.analyze curves": analyze.CurvesOptions,
         "solar.base examine": base.ExamineOptions,
+        "solar.mathdata problems": mathdata.ProblemsOptions,
+        "solar.mathdata rephrase": mathdata.RephraseOptions,
+        "solar.mathdata pairs": mathdata.PairsOptions,
+        "solar.mathdata decontaminate": mathdata.DecontaminateOptions,
+        "solar.merge": merge.Options,
+        "solar.reference": reference.Options,
         "solar.upscale": upscale.Options,
         "tests.bench.compare": compare.Options,
         "tests.bench.make_checkpoint": make_checkpoint.Options,
