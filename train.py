@@ -291,11 +291,11 @@ def loop(options: Options, reader, batches, model, optimizer, record: dict, step
             told = "".join(f", {name.replace('_', ' ')} {value:.2f}" for name, value in means.items())
             say(f"held out {source}: loss {loss:.4f}{told}, {count:,} {stage.unit}", flush=True)
         if log:
+            means = {source: sums for source, (_, _, sums) in results.items() if sums}
             log.write(
                 {"step": step, "heldout": {source: loss for source, (loss, _, _) in results.items()}}
-                | {name: {source: sums[name] for source, (_, _, sums) in results.items()}
-                   for _, _, sums in list(results.values())[:1] for name in sums}
-            )  # fmt: skip
+                | ({"heldout_means": means} if means else {})
+            )
 
     if options.eval_every and record["step"] == 0:
         evaluate_after(0)

@@ -2,15 +2,20 @@
 
 The reading order of this repository:
 
-1. `solar/config.py`      what a model's shape is: the fields of config.json
-2. `kernels/`             what each layer computes: formula first, then the fast forms
-3. `solar/model.py`       one forward pass, in one file
-4. `solar/plan.py`        depth up-scaling as data: which layer of the base stands where
-5. `solar/checkpoint.py`  model directories: names, layouts, reading lazily, writing safely
-6. `solar/upscale.py`     one streaming copy that carries out a plan
-7. `solar/tokenizer.py`   text to ids and back; prompt templates
-8. `solar/sampling.py`    prefill, decode, choose
-9. `generate.py`          the command that puts them together
+1.  `solar/config.py`      what a model's shape is: the fields of config.json
+2.  `kernels/`             what each layer computes: formula first, then the fast forms
+3.  `solar/model.py`       one forward pass, in one file
+4.  `solar/plan.py`        depth up-scaling as data: which layer of the base stands where
+5.  `solar/checkpoint.py`  model directories: names, layouts, reading lazily, writing safely
+6.  `solar/upscale.py`     one streaming copy that carries out a plan
+7.  `solar/tokenizer.py`   text to ids and back; prompt templates
+8.  `solar/sampling.py`    prefill, decode, choose
+9.  `generate.py`          the command that puts them together
+10. `train.py`            one loop and a table of stages; before it `solar/losses.py`, `solar/optim.py`, `solar/data.py`
+11. `solar/chats.py`      rows of instruction and preference files; then `solar/examples.py`, `solar/packed.py`
+12. `solar/reference.py`  what DPO compares with
+13. `solar/merge.py`      averages of models
+14. `Makefile`            the recipes: `make align` is the whole paper in miniature
 
 Arrows between modules point down only; tests/test_layout.py holds the table against the imports.
 """
