@@ -62,7 +62,9 @@ class Source:
 
 
 def parse_source(text: str) -> Source:
-    """ "PATH[:WEIGHT[:LIMIT]]" -> Source. Only numbers are taken off the end, so a path may hold colons.
+    """ "PATH[:WEIGHT[:LIMIT]]" -> Source; "PATH::LIMIT" has a limit and no weight.
+
+    Only numbers are taken off the end, so a path may hold colons.
 
     Raises ValueError for a weight that is not above 0 and finite, and for a limit that is no positive whole number.
     """
@@ -71,6 +73,8 @@ def parse_source(text: str) -> Source:
         path, _, number = path.rpartition(":")
         numbers.insert(0, number)
     weight, limit = [*numbers, None, None][:2]
+    if len(numbers) == 1 and path.endswith(":"):
+        path, weight, limit = path[:-1], None, weight
     if not path:
         raise ValueError(f"{text!r}: no path; PATH, PATH:WEIGHT or PATH:WEIGHT:LIMIT is wanted")
     if weight is not None and not 0 < float(weight) < math.inf:

@@ -31,6 +31,8 @@ def texts(path, holdout=0.0, held_out=False, limit=None):
         ("s3:bucket:3", Source("s3:bucket", 3.0)),
         ("a:1:2:3", Source("a:1", 2.0, 3)),
         ("stdlib:0.5", Source("stdlib", 0.5)),
+        ("a.txt::70", Source("a.txt", None, 70)),
+        (r"C:\a.txt::3", Source(r"C:\a.txt", None, 3)),
     ],
 )
 def test_sources_are_parsed(text, source):
@@ -52,7 +54,9 @@ def test_no_weight_is_not_a_weight_of_1():
         ("a:1:0", "limit 0 must"),
         ("a:1:-3", "limit -3 must"),
         ("a:1:2.5", "limit 2.5 must"),
+        ("a::2.5", "limit 2.5 must"),
         (":0.5", "no path"),
+        ("::3", "no path"),
     ],
 )
 def test_bad_weights_and_limits_are_named(text, message):
