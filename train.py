@@ -80,6 +80,7 @@ STAGES = {
 LENGTHS = ("max_steps", "max_tokens", "epochs")  # each says how long a run is; one of them is given
 
 
+SHOWN = 2  # sequences that --show-batch prints
 SKIPS_IN_A_ROW = 10  # updates that --on-nonfinite skip may leave out before it gives up
 
 
@@ -232,7 +233,7 @@ def train(options: Options, world: dist.World) -> None:
     for line in batches.describe():
         say(f"data        {line}")
     if options.show_batch:
-        say(packed.show(batches.batch(0), tokenizer, *[packed.COLOURED] * sys.stdout.isatty()))
+        say(packed.show(batches.batch(0), tokenizer, SHOWN, *[packed.COLOURED] * sys.stdout.isatty()))
         return
     steps = length(options, batches)
     with dist.alone_in(out, world):
