@@ -375,7 +375,8 @@ def length(options: Options, batches: data.Batches) -> int:
     if options.max_steps is not None:
         return options.max_steps
     rows = options.epochs * batches.epoch_rows if options.epochs else options.max_tokens / options.sequence_length
-    return max(math.ceil(rows / options.batch_size), 1)
+    # Rounded first: 0.07 passes over 100 rows are 7.000000000000001.
+    return max(math.ceil(round(rows / options.batch_size, 9)), 1)
 
 
 def micro_batch_size(options: Options, world: dist.World) -> int:
