@@ -54,7 +54,7 @@ def flags(options: train.Options) -> list[str]:
     for name, value in vars(options).items():
         if value is True:
             words.append(f"--{name.replace('_', '-')}")
-        elif value not in (None, False):
+        elif value is not None and value is not False:
             words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
     return words
 
