@@ -298,8 +298,11 @@ def loop(options: Options, reader, batches, model, optimizer, record: dict, step
                    for _, _, sums in list(results.values())[:1] for name in sums}
             )  # fmt: skip
 
-    if options.eval_every and record["step"] == 0:
-        evaluate_after(0)
+    evaluates = lambda step: options.eval_every and (step % options.eval_every == 0 or step == steps)
+    evaluated = {entry["step"] for entry in cli.read_metrics(out / "metrics.jsonl") if "heldout" in entry}
+    # Before the first step, and where a run was stopped, which leaves it no time to evaluate.
+    if evaluates(record["step"]) and not dist.from_all_ranks(record["step"] in evaluated, world)[0]:
+        evaluate_after(record["step"])
     stop, skipped = cli.Interruption(), 0
     upcoming = batches.steps(record["step"], steps, world.rank, world.size, micro_batch_size(options, world))
     with contextlib.closing(upcoming):
@@ -316,7 +319,7 @@ def loop(options: Options, reader, batches, model, optimizer, record: dict, step
             say(meter.line(entry), flush=True)
             if log:
                 log.write(entry)
-            if options.eval_every and (step % options.eval_every == 0 or step == steps) and not outcome.stop:
+            if evaluates(step) and not outcome.stop:
                 evaluate_after(step)
             if step % options.save_every == 0 or step == steps or outcome.stop:
                 snapshots.save(step, model, optimizer, record)
