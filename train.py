@@ -332,12 +332,12 @@ def loop(options: Options, reader, batches, model, optimizer, record: dict, step
 
 def check(options: Options, reader: CheckpointReader, world: dist.World) -> None:
     """Raise ValueError for options that cannot be."""
-    stage, room = STAGES[options.stage], reader.config.max_position_embeddings
+    room = reader.config.max_position_embeddings
     if not options.data:
         raise ValueError(f"--stage {options.stage} learns from files of your own: name them with --data")
     if len(given := [name for name in LENGTHS if getattr(options, name) is not None]) > 1:
         raise ValueError(f"--{given[0]} and --{given[1]} both say how long the run is: give one".replace("_", "-"))
-    if "beta" in stage.settings:
+    if "beta" in STAGES[options.stage].settings:
         losses.check_preference(options.beta, options.loss, options.label_smoothing, options.sft_weight)
     elif options.reference:
         raise ValueError(f"--reference is for --stage dpo, not for {options.stage}; leave it out")
@@ -443,9 +443,8 @@ def resume(found: Path, model: Transformer, optimizer: torch.optim.Optimizer, re
                 "give what it was trained with, or another --out"
             )
     if saved["step"] > steps:
-        raise ValueError(
-            f"{found} is after step {saved['step']}, the run ends with step {steps}: give more --max-steps"
-        )
+        length = next(name for name in LENGTHS if record["options"][name] is not None).replace("_", "-")
+        raise ValueError(f"{found} is after step {saved['step']}, the run ends with step {steps}: give more --{length}")
     snapshot.load(found, model, optimizer, verified=True)
     say(f"resuming    {found}, after step {saved['step']}")
     for name, value in record["options"].items():
