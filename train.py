@@ -337,10 +337,12 @@ def check(options: Options, reader: CheckpointReader, world: dist.World) -> None
         raise ValueError(f"--stage {options.stage} learns from files of your own: name them with --data")
     if len(given := [name for name in LENGTHS if getattr(options, name) is not None]) > 1:
         raise ValueError(f"--{given[0]} and --{given[1]} both say how long the run is: give one".replace("_", "-"))
-    if "beta" in STAGES[options.stage].settings:
-        losses.check_preference(options.beta, options.loss, options.label_smoothing, options.sft_weight)
-    elif options.reference:
-        raise ValueError(f"--reference is for --stage dpo, not for {options.stage}; leave it out")
+    for name in ("reference", *STAGES["dpo"].settings):
+        default = Options.__dataclass_fields__[name].default
+        if options.stage != "dpo" and getattr(options, name) != default:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} is for --stage dpo, not for {options.stage}; leave it out")
+    losses.check_preference(options.beta, options.loss, options.label_smoothing, options.sft_weight)
     at_least_1 = ("max_steps", "max_tokens", "sequence_length", "batch_size", "micro_batch_size", "save_every", "keep")
     shares = ("min_lr", "decay", "holdout")
     for names, sound, wanted in (
