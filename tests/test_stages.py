@@ -1,5 +1,6 @@
 """train.py --stage sft and dpo: each inherits the loop, learns, and computes what the formulas say."""
 
+import contextlib
 import json
 import math
 import re
@@ -94,8 +95,7 @@ def options(place, tmp_path):
             "eval_every": 0,
             "holdout": HOLDOUT,
             "lr": 3e-3,
-            "beta": BETA,
-        }
+        } | ({"beta": BETA} if stage == "dpo" else {})
         if not changed.keys() & set(train.LENGTHS):
             settings["max_steps"] = 12
         return train.Options(**(settings | changed))
@@ -280,6 +280,12 @@ def test_show_batch_prints_and_stops(options, stage, capsys, monkeypatch):
     assert packed.COLOURED[0] + "It is " in capsys.readouterr().out
 
 
+def test_pairs_are_shown_before_their_reference_is_computed(options, tmp_path, capsys):
+    rows = write_rows(tmp_path / "bare.jsonl", PAIRS)
+    train.run(options("dpo", data=[str(rows)], show_batch=True))
+    assert "--- row 0, pair 0, chosen: " in capsys.readouterr().out
+
+
 # ------------------------------------------------------------------------------------------------ how long, of what
 
 
@@ -297,7 +303,7 @@ def test_an_epoch_takes_every_example_once(options, stage):
 
 
 @pytest.mark.parametrize(("epochs", "rows", "batch", "expected"), [
-    (0.07, 100, 1, 7), (1.1, 50, 1, 55), (0.5, 7, 2, 2), (1.0, 7, 2, 4), (3.0, 7, 2, 11), (1.0, 3, 8, 1), (1e-6, 7, 2, 1),
+    (0.07, 100, 1, 7), (1.1, 50, 1, 55), (0.5, 7, 2, 2), (1.0, 7, 2, 4), (1.0, 3, 8, 1), (1e-6, 7, 2, 1),
 ])  # fmt: skip
 def test_steps_of_so_many_epochs(options, epochs, rows, batch, expected):
     class Some:
@@ -376,6 +382,26 @@ def test_a_killed_and_a_stopped_run_end_with_the_bits_of_the_whole_one(options, 
     timeless = lambda run: [{name: entry[name] for name in entry.keys() - measured} for entry in metrics(run)]
     assert timeless(parts) == timeless(whole)
     assert_same_weights(parts, whole)
+
+
+@pytest.mark.parametrize("stop", [4, 8])
+def test_an_evaluation_that_a_stop_has_cut_off_is_made_up_for(options, stop):
+    """SIGTERM leaves no time to evaluate, not even at the last step: who goes on does it, and once."""
+    whole, parts = (options("dpo", name, max_steps=8, eval_every=4) for name in ("whole", "parts"))
+    train.run(whole)
+    with interrupted_after(stop), contextlib.suppress(SystemExit):
+        train.run(parts)
+    assert [entry["step"] for entry in metrics(parts) if "heldout" in entry] == [*range(0, stop, 4)]
+    train.run(parts)
+    train.run(parts)
+    assert [entry["step"] for entry in metrics(parts) if "heldout" in entry] == [0, 4, 8]
+    assert heldout(parts, "margin") == heldout(whole, "margin")
+
+
+def test_a_finished_run_is_not_cut_short(options):
+    train.run(options("sft", max_steps=9))
+    with pytest.raises(ValueError, match=r"is after step 9, the run ends with step \d: give more --epochs"):
+        train.run(options("sft", epochs=1.0))
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -497,6 +523,8 @@ def bad(case: str, place: Path, tmp_path: Path) -> tuple[str, dict, str]:
         "no data": ("sft", {"data": None}, "--stage sft learns from files of your own: name them with --data"),
         "no pairs": ("dpo", {"data": None}, "--stage dpo learns from files of your own: name them with --data"),
         "reference with sft": ("sft", {"reference": ["a"]}, "--reference is for --stage dpo, not for sft"),
+        "beta with sft": ("sft", {"beta": 0.5}, "--beta is for --stage dpo, not for sft; leave it out"),
+        "loss with sft": ("sft", {"loss": "ipo"}, "--loss is for --stage dpo, not for sft; leave it out"),
         "two lengths": ("sft", {"max_steps": 3, "epochs": 1.0}, "--max-steps and --epochs both say how long"),
         "two more": ("dpo", {"max_tokens": 3, "epochs": 1.0}, "--max-tokens and --epochs both say how long"),
         "text": ("sft", {"data": [str(tmp_path / "text.txt")]}, r"text\.txt"),
@@ -517,7 +545,8 @@ def bad(case: str, place: Path, tmp_path: Path) -> tuple[str, dict, str]:
 
 @pytest.mark.parametrize("case", [
     "no reference", "bare", "other model", "another length", "other share", "template", "two references", "no data",
-    "no pairs", "reference with sft", "two lengths", "two more", "text", "corpus", "pairs as chats", "chats as pairs",
+    "no pairs", "reference with sft", "two lengths", "two more", "beta with sft",
+    "loss with sft", "text", "corpus", "pairs as chats", "chats as pairs",
     "no epoch", "endless", "mixed", "too short", "no room", "beta", "smoothing", "smooth hinge", "weight",
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_exit_code_2(options, place, tmp_path, capsys, monkeypatch, case):
