@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import train
-from solar import cli, packed, reference
+from solar import cli, meter, packed, reference
 from solar.checkpoint import CheckpointReader, load_model
 from solar.losses import IGNORED
 from tests.training import (
@@ -107,6 +107,12 @@ def options(place, tmp_path):
 def signals():
     with signals_kept():
         yield
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """How fast this machine is takes half a second to measure, and matters to no test here."""
+    monkeypatch.setattr(meter, "matrix_rate", lambda device, dtype: 1e11)
 
 
 def batches_of(options: train.Options) -> packed.ChatBatches:
