@@ -254,7 +254,7 @@ def test_damaged_checkpoints_are_not_trained_over(options):
 
 
 def test_tokens_instead_of_steps_and_isolated_documents(options, capsys):
-    run = options(max_tokens=4 * 32 * 3 + 1, document_mask=True)
+    run = options(max_steps=None, max_tokens=4 * 32 * 3 + 1, document_mask=True)
     train.run(run)
     assert len(losses(run)) == 4
     assert "step 4/4" in capsys.readouterr().out
@@ -443,7 +443,7 @@ def test_a_disk_that_is_full_for_one_save(options, monkeypatch, capsys, policy):
         ({"micro_batch_size": 3}, r"--batch-size 4 .* micro-batches of 3 on 1 ranks: it must be a multiple of 3"),
         ({"clip": 0.0}, r"--clip 0.0: a number above 0"),
         ({"lr": float("nan")}, r"--lr nan: a number above 0"),
-        ({"max_tokens": -5}, r"--max-tokens -5: at least 1"),
+        ({"max_steps": None, "max_tokens": -5}, r"--max-tokens -5: at least 1"),
         ({"decay": 2.0}, r"--decay 2.0: a share between 0 and 1"),
         ({"betas": [0.9]}, r"--betas 0.9: two numbers"),
         ({"max_steps": 0}, r"--max-steps 0: at least 1"),
