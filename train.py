@@ -80,6 +80,7 @@ STAGES = {
 LENGTHS = ("max_steps", "max_tokens", "epochs")  # each says how long a run is; one of them is given
 
 
+SHOWN = 2  # sequences that --show-batch prints
 SKIPS_IN_A_ROW = 10  # updates that --on-nonfinite skip may leave out before it gives up
 
 
@@ -232,7 +233,7 @@ def train(options: Options, world: dist.World) -> None:
     for line in batches.describe():
         say(f"data        {line}")
     if options.show_batch:
-        say(packed.show(batches.batch(0), tokenizer, *[packed.COLOURED] * sys.stdout.isatty()))
+        say(packed.show(batches.batch(0), tokenizer, SHOWN, *[packed.COLOURED] * sys.stdout.isatty()))
         return
     steps = length(options, batches)
     with dist.alone_in(out, world):
@@ -297,8 +298,11 @@ def loop(options: Options, reader, batches, model, optimizer, record: dict, step
                 | ({"heldout_means": means} if means else {})
             )
 
-    if options.eval_every and record["step"] == 0:
-        evaluate_after(0)
+    evaluates = lambda step: options.eval_every and (step % options.eval_every == 0 or step == steps)
+    evaluated = {entry["step"] for entry in cli.read_metrics(out / "metrics.jsonl") if "heldout" in entry}
+    # Before the first step, and where a run was stopped, which leaves it no time to evaluate.
+    if evaluates(record["step"]) and not dist.from_all_ranks(record["step"] in evaluated, world)[0]:
+        evaluate_after(record["step"])
     stop, skipped = cli.Interruption(), 0
     upcoming = batches.steps(record["step"], steps, world.rank, world.size, micro_batch_size(options, world))
     with contextlib.closing(upcoming):
@@ -315,7 +319,7 @@ def loop(options: Options, reader, batches, model, optimizer, record: dict, step
             say(meter.line(entry), flush=True)
             if log:
                 log.write(entry)
-            if options.eval_every and (step % options.eval_every == 0 or step == steps) and not outcome.stop:
+            if evaluates(step) and not outcome.stop:
                 evaluate_after(step)
             if step % options.save_every == 0 or step == steps or outcome.stop:
                 snapshots.save(step, model, optimizer, record)
@@ -328,15 +332,17 @@ def loop(options: Options, reader, batches, model, optimizer, record: dict, step
 
 def check(options: Options, reader: CheckpointReader, world: dist.World) -> None:
     """Raise ValueError for options that cannot be."""
-    stage, room = STAGES[options.stage], reader.config.max_position_embeddings
+    room = reader.config.max_position_embeddings
     if not options.data:
         raise ValueError(f"--stage {options.stage} learns from files of your own: name them with --data")
     if len(given := [name for name in LENGTHS if getattr(options, name) is not None]) > 1:
         raise ValueError(f"--{given[0]} and --{given[1]} both say how long the run is: give one".replace("_", "-"))
-    if "beta" in stage.settings:
-        losses.check_preference(options.beta, options.loss, options.label_smoothing, options.sft_weight)
-    elif options.reference:
-        raise ValueError(f"--reference is for --stage dpo, not for {options.stage}; leave it out")
+    for name in ("reference", *STAGES["dpo"].settings):
+        default = Options.__dataclass_fields__[name].default
+        if options.stage != "dpo" and getattr(options, name) != default:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} is for --stage dpo, not for {options.stage}; leave it out")
+    losses.check_preference(options.beta, options.loss, options.label_smoothing, options.sft_weight)
     at_least_1 = ("max_steps", "max_tokens", "sequence_length", "batch_size", "micro_batch_size", "save_every", "keep")
     shares = ("min_lr", "decay", "holdout")
     for names, sound, wanted in (
@@ -374,7 +380,8 @@ def length(options: Options, batches: data.Batches) -> int:
     if options.max_steps is not None:
         return options.max_steps
     rows = options.epochs * batches.epoch_rows if options.epochs else options.max_tokens / options.sequence_length
-    return max(math.ceil(rows / options.batch_size), 1)
+    # Rounded first: 0.07 passes over 100 rows are 7.000000000000001.
+    return max(math.ceil(round(rows / options.batch_size, 9)), 1)
 
 
 def micro_batch_size(options: Options, world: dist.World) -> int:
@@ -438,9 +445,8 @@ def resume(found: Path, model: Transformer, optimizer: torch.optim.Optimizer, re
                 "give what it was trained with, or another --out"
             )
     if saved["step"] > steps:
-        raise ValueError(
-            f"{found} is after step {saved['step']}, the run ends with step {steps}: give more --max-steps"
-        )
+        length = next(name for name in LENGTHS if record["options"][name] is not None).replace("_", "-")
+        raise ValueError(f"{found} is after step {saved['step']}, the run ends with step {steps}: give more --{length}")
     snapshot.load(found, model, optimizer, verified=True)
     say(f"resuming    {found}, after step {saved['step']}")
     for name, value in record["options"].items():

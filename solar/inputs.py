@@ -25,6 +25,7 @@ class Options(Protocol):
     template: str
     too_long: str
     reference: list[str] | None
+    show_batch: bool
 
 
 class Job(NamedTuple):
@@ -63,9 +64,14 @@ def packed_chats(job: Job) -> packed.ChatBatches:
 
 
 def preference_pairs(job: Job) -> packed.PairBatches:
-    """Preference training: pairs of answers, with what the reference model thinks of them, which is read from files."""
+    """Preference training: pairs of answers, with what the reference model thinks of them, which is read from files.
+
+    To be shown they need no reference: who looks at them first has not paid for it in vain.
+    """
     options, sources = job.options, job.sources()
     prepared = _examples(job, sources, pairs=True)
+    if options.show_batch:
+        return packed.PairBatches(sources, prepared, *job.shape())
     files = options.reference or [None] * len(sources)
     if len(files) != len(sources):
         raise ValueError(f"--reference names {len(files)} files for {len(sources)} of --data: one for each is needed")

@@ -1,10 +1,7 @@
 """train.py: resumed equals uninterrupted, ranks agree, faults are survived, bad input is one line."""
 
-import contextlib
 import json
 import math
-import multiprocessing
-import os
 import re
 import shutil
 import signal
@@ -17,18 +14,21 @@ import pytest
 import torch
 
 import train
-from solar import base, problems
 from solar.checkpoint import CheckpointReader, load_model, save_model
-from solar.config import ModelConfig
 from solar.model import Transformer
 from solar.upscale import upscale
-
-ROOT = Path(__file__).resolve().parent.parent
-# Widths that two and three ranks cannot share evenly: 30 rows of hidden size, 45 of the MLP.
-CONFIG = ModelConfig(
-    model_type="mistral", vocab_size=384, hidden_size=30, intermediate_size=45, num_hidden_layers=3,
-    num_attention_heads=3, num_key_value_heads=1, head_dim=10, max_position_embeddings=64, sliding_window=24,
-    torch_dtype="float32",
+from tests.training import (
+    CONFIG,
+    ROOT,
+    assert_same_weights,
+    flags,
+    interrupted_after,
+    launch,
+    losses,
+    signals_kept,
+    started,
+    weights,
+    write_model,
 )  # fmt: skip
 
 
@@ -36,10 +36,7 @@ CONFIG = ModelConfig(
 def workplace(tmp_path_factory):
     """A tiny model with a tokenizer, and a text to train it on."""
     here = tmp_path_factory.mktemp("train")
-    texts = list(problems.documents(0, 300, "train"))
-    model = Transformer(CONFIG)
-    model.init_weights(seed=0)
-    save_model(model, here / "model", companions={"tokenizer.model": base.train_tokenizer(texts, CONFIG.vocab_size)})
+    texts = write_model(here / "model")
     (here / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return here
 
@@ -71,48 +68,8 @@ def options(workplace, tmp_path):
 
 @pytest.fixture(autouse=True)
 def signals():
-    """train.py takes SIGTERM and Ctrl-C for itself."""
-    before = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT)]
-    yield
-    for number, handler in before:
-        signal.signal(number, handler)
-
-
-def flags(options: train.Options) -> list[str]:
-    words = []
-    for name, value in vars(options).items():
-        if value is True:
-            words.append(f"--{name.replace('_', '-')}")
-        elif value not in (None, False):
-            words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
-    return words
-
-
-def launch(options: train.Options, ranks: int = 1, fault: str = "none:0:0", torchrun: tuple = ()):
-    """The run as processes of its own, started by torchrun."""
-    runner = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-    runner += torchrun or ["--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    return subprocess.run(
-        [*runner, "-m", "tests.faulty_train", fault, *flags(options)],
-        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-
-
-def losses(options: train.Options) -> list[float]:
-    lines = [json.loads(line) for line in (Path(options.out) / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if "loss" in line]
-    assert [line["step"] for line in steps] == list(range(1, len(steps) + 1))
-    return [line["loss"] for line in steps]
-
-
-def weights(options: train.Options) -> dict[str, torch.Tensor]:
-    return load_model(Path(options.out) / "model").state_dict()
-
-
-def assert_same_weights(a: train.Options, b: train.Options) -> None:
-    a, b = weights(a), weights(b)
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[name], b[name]) for name in a)
+    with signals_kept():
+        yield
 
 
 # ------------------------------------------------------------------------------------------------ it learns
@@ -221,23 +178,6 @@ def test_two_hundred_steps_over_several_epochs_resume_bit_for_bit(options):
     assert_same_weights(parts, whole)
 
 
-@contextlib.contextmanager
-def interrupted_after(step: int):
-    """SIGTERM reaches the process while it takes that step."""
-    inner = train.Meter.entry
-
-    def entry(meter, number, *rest):
-        if number == step - 1:
-            signal.raise_signal(signal.SIGTERM)
-        return inner(meter, number, *rest)
-
-    train.Meter.entry = entry
-    try:
-        yield
-    finally:
-        train.Meter.entry = inner
-
-
 def test_what_an_interrupted_run_logged_beyond_its_checkpoint_is_taken_back(options, monkeypatch):
     cut, whole = options("cut", max_steps=10), options("whole", max_steps=10)
     train.run(whole)
@@ -314,7 +254,7 @@ def test_damaged_checkpoints_are_not_trained_over(options):
 
 
 def test_tokens_instead_of_steps_and_isolated_documents(options, capsys):
-    run = options(max_tokens=4 * 32 * 3 + 1, document_mask=True)
+    run = options(max_steps=None, max_tokens=4 * 32 * 3 + 1, document_mask=True)
     train.run(run)
     assert len(losses(run)) == 4
     assert "step 4/4" in capsys.readouterr().out
@@ -426,15 +366,6 @@ def test_skipping_has_an_end(options, monkeypatch):
         train.run(options(max_steps=50, on_nonfinite="skip"))
 
 
-def started(options: train.Options) -> multiprocessing.Process:
-    """The run in a process of its own, forked from one that has imported torch and done nothing with it."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train"])
-    process = context.Process(target=train.run, args=(options,))
-    process.start()
-    return process
-
-
 def kills(options, count: int) -> int:
     """Kill a run that saves at every step, `count` times at random moments of it; each time `latest` loads.
 
@@ -512,7 +443,7 @@ def test_a_disk_that_is_full_for_one_save(options, monkeypatch, capsys, policy):
         ({"micro_batch_size": 3}, r"--batch-size 4 .* micro-batches of 3 on 1 ranks: it must be a multiple of 3"),
         ({"clip": 0.0}, r"--clip 0.0: a number above 0"),
         ({"lr": float("nan")}, r"--lr nan: a number above 0"),
-        ({"max_tokens": -5}, r"--max-tokens -5: at least 1"),
+        ({"max_steps": None, "max_tokens": -5}, r"--max-tokens -5: at least 1"),
         ({"decay": 2.0}, r"--decay 2.0: a share between 0 and 1"),
         ({"betas": [0.9]}, r"--betas 0.9: two numbers"),
         ({"max_steps": 0}, r"--max-steps 0: at least 1"),

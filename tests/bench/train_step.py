@@ -124,11 +124,10 @@ def theirs(shape: str, dtype: str, compiled: bool) -> None:
 
 
 class Worker:
-    def __init__(self, python: list[str], what: str, shape: str, dtype: str, compiled: bool):
-        command = [*python, "-m", "tests.bench.train_step", "--serve", what, "--shape", shape, "--dtype", dtype]
-        self.process = subprocess.Popen(
-            command + ["--compile"] * compiled, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+    """A process that runs `serve`."""
+
+    def __init__(self, command: list[str]):
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def run(self, steps: int) -> tuple[float, float, int]:
         self.process.stdin.write(f"{steps}\n")
@@ -167,9 +166,11 @@ def main() -> None:
     tokens, clock = options.steps * BATCH * LENGTH, int(options.cpu_seconds)
     for shape in options.shape:
         for dtype in options.dtype:
-            workers = {"ours": Worker([sys.executable], "ours", shape, dtype, False)}
+            tail = ["--shape", shape, "--dtype", dtype]
+            serving = lambda what, tail=tail: ["-m", "tests.bench.train_step", "--serve", what, *tail]
+            workers = {"ours": Worker([sys.executable, *serving("ours")])}
             if options.peer:
-                workers["theirs"] = Worker([options.peer], "theirs", shape, dtype, options.compile)
+                workers["theirs"] = Worker([options.peer, *serving("theirs"), *["--compile"] * options.compile])
             for worker in workers.values():
                 worker.run(2)  # allocate, compile
             one_turn = lambda workers=workers: {name: worker.run(options.steps) for name, worker in workers.items()}
