@@ -235,11 +235,7 @@ class MetricsLog:
 
     def write(self, entry: dict) -> None:
         """Append an entry; a number that is infinite or NaN becomes null. A full disk is noted once and survived."""
-        sound = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in entry.items()
-        }
-        line = (json.dumps(sound) + "\n").encode()
+        line = (json.dumps(_finite(entry)) + "\n").encode()
         try:
             with open(self.path, "ab", buffering=0) as file:
                 end = file.tell()
@@ -253,6 +249,13 @@ class MetricsLog:
             if not self.failed:
                 print(f"note: {self.path}: {describe(error)}; metrics are missing from here on", file=sys.stderr)
             self.failed = True
+
+
+def _finite(value):
+    """A JSON value with null for numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_metrics(path: Path) -> list[dict]:

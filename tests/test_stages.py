@@ -123,7 +123,10 @@ def batches_of(options: train.Options) -> packed.ChatBatches:
 
 def heldout(options: train.Options, name: str) -> list[float]:
     """What held-out entries of the only source say, from the first to the last."""
-    return [*(entry[name][options.data[0]] for entry in metrics(options) if "heldout" in entry)]
+    of = lambda entry: entry["heldout"] if name == "heldout" else {
+        source: means[name] for source, means in entry["heldout_means"].items()
+    }  # fmt: skip
+    return [of(entry)[options.data[0]] for entry in metrics(options) if "heldout" in entry]
 
 
 # ------------------------------------------------------------------------------------------------ it learns
@@ -259,8 +262,9 @@ def test_options_and_metrics_say_everything_of_a_dpo_run(options):
     common = {"step", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "memory_bytes", "seconds_left"}
     for entry in metrics(run):
         if "heldout" in entry:
-            assert entry.keys() == {"step", "heldout"} | REPORTED
-            assert all(entry[name].keys() == {run.data[0]} for name in REPORTED | {"heldout"})
+            assert entry.keys() == {"step", "heldout", "heldout_means"}
+            assert entry["heldout"].keys() == entry["heldout_means"].keys() == {run.data[0]}
+            assert entry["heldout_means"][run.data[0]].keys() == REPORTED
         else:
             assert entry.keys() == common | {"pairs"} | REPORTED
             assert entry["margin"] == pytest.approx(entry["reward_chosen"] - entry["reward_rejected"], abs=1e-6)
