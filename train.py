@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from kernels import CHOICES, select
-from solar import cli, data, dist, examples, losses, optim, packed, snapshot
+from solar import cli, data, dist, examples, losses, optim, packed, restore, snapshot
 from solar.checkpoint import CheckpointReader, parse_dtype
 from solar.inputs import Job, packed_chats, preference_pairs, token_batches
+from solar.manifest import read_manifest, verify
 from solar.meter import Meter
 from solar.model import Transformer
 from solar.tokenizer import TEMPLATES, Tokenizer
@@ -260,7 +261,7 @@ def train(options: Options, world: dist.World) -> None:
         with contextlib.closing(snapshots):
             record = loop(options, reader, batches, model, optimizer, record, steps, snapshots, world, say)
         last = snapshots.written or found
-        if last is None or snapshot.read_manifest(last)["step"] != record["step"]:
+        if last is None or read_manifest(last)["step"] != record["step"]:
             raise OSError(
                 f"step {record['step']} could not be saved; the newest checkpoint is {last}: make room, start again"
             )
@@ -268,7 +269,7 @@ def train(options: Options, world: dist.World) -> None:
             say(f"stopped after step {record['step']} of {steps}, which is saved; the same command goes on from there")
             sys.exit(128 + signal.SIGTERM)
         if world.rank == 0:
-            snapshot.export(last, out / "model", dtype=reader.dtype, force=True)
+            restore.export(last, out / "model", dtype=reader.dtype, force=True)
         dist.wait_for_all(world)
     say(out / "model")
 
@@ -429,15 +430,15 @@ def find_checkpoint(options: Options, snapshots: snapshot.Snapshots, world: dist
     if options.resume is None:
         return found
     # A run that was stopped itself, after it had gone on from --resume, goes on from where it was.
-    if found is not None and snapshot.read_manifest(found)["record"]["options"]["resume"] == options.resume:
+    if found is not None and read_manifest(found)["record"]["options"]["resume"] == options.resume:
         return found
-    snapshot.verify(options.resume, world.control)
+    verify(options.resume, world.control)
     return Path(options.resume)
 
 
 def resume(found: Path, model: Transformer, optimizer: torch.optim.Optimizer, record: dict, steps: int, say) -> dict:
     """Fill model and optimizer from a checkpoint and return its record. ValueError if it belongs to another run."""
-    saved = snapshot.read_manifest(found)["record"]
+    saved = read_manifest(found)["record"]
     for what, value in record["identity"].items():
         if saved["identity"].get(what) != value:
             raise ValueError(
@@ -447,7 +448,7 @@ def resume(found: Path, model: Transformer, optimizer: torch.optim.Optimizer, re
     if saved["step"] > steps:
         length = next(name for name in LENGTHS if record["options"][name] is not None).replace("_", "-")
         raise ValueError(f"{found} is after step {saved['step']}, the run ends with step {steps}: give more --{length}")
-    snapshot.load(found, model, optimizer, verified=True)
+    restore.load(found, model, optimizer, verified=True)
     say(f"resuming    {found}, after step {saved['step']}")
     for name, value in record["options"].items():
         if name not in ("resume", "no_resume") and saved["options"].get(name) != value:

@@ -1,8 +1,8 @@
-"""Checkpoints of a training run: saved beside the next steps, whole or not at all, and read on any number of ranks.
+"""Checkpoints of a training run: saved beside the next steps, whole or not at all.
 
     OUT/checkpoints/step-00000050/   __0_0.distcp, ...   each rank's part of weights and moments
                                      .metadata           which part of which tensor lies where
-                                     config.json, ...    what `export` needs to make a model directory of it
+                                     config.json, ...    what an export needs to make a model directory of it
                                      manifest.json       size and SHA-256 of all of these, and the run's own record
     OUT/checkpoints/latest           the name of the newest
 
@@ -11,55 +11,46 @@ back. DCP itself replaces files in place and flushes no directory, so a checkpoi
 gets its own in one rename once everything in it is on the disk. `latest` moves only after that, and only then is an
 older one removed: whenever the power goes, what `latest` names is whole. A state with a NaN in it is never saved.
 
-`.metadata` is a pickle, and a pickle can run code. It is opened only after its hash has matched, and then by a reader
-that makes nothing but DCP's own records. The hash finds damage, not malice: who can write a checkpoint can write its
-manifest too. It is the reader that keeps the directory of a stranger from running code.
+solar/manifest.py finds what is damaged, solar/restore.py reads what is whole.
 
 Export a checkpoint: `python -m solar.snapshot export OUT/checkpoints/step-00000050 DIR`.
 """
 
 import argparse
 import contextlib
-import hashlib
 import json
 import math
 import os
-import pickle
 import re
 import secrets
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterator, Set
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata
 
-from solar import cli
-from solar.checkpoint import DEFAULT_MAX_SHARD_BYTES, companions_of, copy_companions, parse_dtype, write_config
+from solar import cli, restore
+from solar.agree import agree
+from solar.checkpoint import companions_of, write_config
 from solar.cli import fsync, lock, open_directory
 from solar.config import ModelConfig
+from solar.manifest import FORMAT, seal, seems_whole, verify
 from solar.optim import local
-from solar.tensorfile import TensorToWrite, parse_json, write_bytes, write_shards
+from solar.restore import PLAN, UNFLATTENED, parameter_names
 
-FORMAT = 1
 PHASES = ("copy", "write", "fsync", "manifest", "rename", "latest", "prune")
 NAME = re.compile(r"step-(\d{8,})")
-PLAN = "upscale.json"  # of a grown model: which of its layers are new
-UNFLATTENED = {"flatten_state_dict": False, "flatten_sharded_tensors": False}  # for DCP: names are names already
 
 
 def _phase(name: str) -> None:
     """Called on every rank before each step of a save, with the phase that the step belongs to; tests make it fail."""
-
-
-# ------------------------------------------------------------------------------------------------ saving
 
 
 class Snapshots:
@@ -94,14 +85,14 @@ class Snapshots:
         self._writer: threading.Thread | None = None
         self._failure: Exception | None = None
         self.written: Path | None = None  # the last checkpoint that this run has written, once it stands
-        _agree(group, "starting on checkpoints", lambda: self._start(companions) if rank == 0 else None)
+        agree(group, "starting on checkpoints", lambda: self._start(companions) if rank == 0 else None)
 
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, record: dict[str, Any]) -> None:
         """Copy the state, and return while a thread writes it; waits for the save before this one.
 
         model: parameters may be DTensors of FSDP2; optimizer: an AdamW over them. Saved are weights and moments by
         their names. The optimizer's options are not: whoever resumes sets them again. record: JSON, handed back by
-        `load`. Raises ValueError on every rank for a state that is not finite, and what `wait` raises.
+        `restore.load`. Raises ValueError on every rank for a state that is not finite, and what `wait` raises.
         """
         self.wait()
         content = {"format": FORMAT, "step": step, "record": json.loads(json.dumps(record))}
@@ -136,7 +127,7 @@ class Snapshots:
         if self._writer is not None:
             self._writer.join()
         passed_over = []
-        listed = _agree(self.group, f"looking into {self.root}", lambda: self._in_order() if self.rank == 0 else None)
+        listed = agree(self.group, f"looking into {self.root}", lambda: self._in_order() if self.rank == 0 else None)
         for path in listed[0]:
             try:
                 verify(path, self.group)
@@ -192,7 +183,7 @@ class Snapshots:
             _phase(phase)
             return work()
 
-        return _agree(self.group, f"checkpoint of step {step}, {phase}", announced)
+        return agree(self.group, f"checkpoint of step {step}, {phase}", announced)
 
     def _copy(self, state: dict[str, Tensor]) -> None:
         """This rank's part of everything into memory that the next steps do not touch, after a look at each value."""
@@ -252,7 +243,7 @@ class Snapshots:
         return {path.name: {"bytes": path.stat().st_size, "sha256": cli.file_sha256(path)} for path in files}
 
     def _write_manifest(self, staging: Path, content: dict[str, Any]) -> None:
-        (staging / "manifest.json").write_bytes(_seal(content))
+        (staging / "manifest.json").write_bytes(seal(content))
         fsync(staging / "manifest.json")
         fsync(staging)
 
@@ -282,7 +273,7 @@ class Snapshots:
 
     def _prune(self) -> None:
         """Remove all but the first `keep` whole ones. The one that `latest` names is the first of them."""
-        for path in [path for path in self._in_order() if _seems_whole(path)][self.keep :]:
+        for path in [path for path in self._in_order() if seems_whole(path)][self.keep :]:
             removed = path.rename(path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}"))
             shutil.rmtree(removed)
 
@@ -338,266 +329,11 @@ def _named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str
 
     Goes by `state_dict`, since FSDP shows whole parameters instead of its own after a forward pass, until asked so.
     """
-    names = _parameter_names(model)
+    names = parameter_names(model)
     state = {f"model.{name}": tensor for tensor, name in names.items()}
     for parameter, values in optimizer.state.items():
         state |= {f"optimizer.{names[parameter]}.{key}": value for key, value in values.items()}
     return state
-
-
-def _parameter_names(model: nn.Module) -> dict[Tensor, str]:
-    """Parameter (or buffer) -> its name; the first one, where tied weights have two."""
-    names: dict[Tensor, str] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        names.setdefault(tensor, name)
-    return names
-
-
-def _agree(group: dist.ProcessGroup | None, doing: str, work: Callable[[], Any]) -> list[Any]:
-    """What `work` gave on each rank. If it failed on any, the first failure, raised on all: none is left waiting."""
-    outcome, failure = None, None
-    try:
-        outcome = work()
-    except Exception as error:
-        failure = reason = error
-        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
-            reason = error.__context__  # torch.save raises it over the one that says that the disk is full
-        kinds = (FileNotFoundError, OSError, ValueError)
-        kind = next((kind for kind in kinds if isinstance(reason, kind)), RuntimeError)
-        rank = "" if group is None else f" on rank {dist.get_rank(group)}"
-        outcome = kind((f"{doing}{rank}: " if doing else "") + (cli.describe(reason) or type(reason).__name__))
-    outcomes = [outcome]
-    if group is not None:
-        outcomes *= dist.get_world_size(group)
-        dist.all_gather_object(outcomes, outcome, group=group)
-    for other in outcomes:
-        if isinstance(other, Exception):
-            raise other from failure
-    return outcomes
-
-
-# ------------------------------------------------------------------------------------------------ the manifest
-
-
-def _seal(content: dict[str, Any]) -> bytes:
-    """The text of a manifest, with a hash of the rest of it as its last entry."""
-    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    return json.dumps(content | {"sha256": digest}, indent=1).encode() + b"\n"
-
-
-def read_manifest(step_dir: Path) -> dict[str, Any]:
-    """The manifest: "step", "record", "files". Its own hash is checked, those of the files are not: see `verify`."""
-    path = step_dir / "manifest.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{step_dir}: no manifest.json: not a checkpoint of this program, or not a whole one")
-    data = path.read_bytes()
-    content = parse_json(data, path)
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        found = content.get("format") if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"{path}: format {found!r}, this program reads {FORMAT}")
-    content.pop("sha256", None)
-    if _seal(content) != data:
-        raise ValueError(f"{path}: damaged: its text and the SHA-256 in it disagree")
-    if content.keys() != {"format", "step", "record", "files"} or ".metadata" not in content["files"]:
-        raise ValueError(f"{path}: sealed, but not as this program does it")
-    for name in content["files"]:
-        if name in (".", "..") or set(name) & set("/\\\0"):
-            raise ValueError(f"{path}: {name!r} is not a plain file name")
-    return content
-
-
-def _seems_whole(step_dir: Path) -> bool:
-    """Whether manifest and sizes are right, without reading the files."""
-    try:
-        _check_sizes(step_dir, read_manifest(step_dir))
-    except (ValueError, OSError):
-        return False
-    return True
-
-
-def _check_sizes(step_dir: Path, manifest: dict[str, Any]) -> None:
-    for name, expected in manifest["files"].items():
-        if not (step_dir / name).is_file():
-            raise ValueError(f"{step_dir / name}: missing, the manifest has it")
-        if (size := (step_dir / name).stat().st_size) != expected["bytes"]:
-            raise ValueError(f"{step_dir / name}: {size:,} bytes, the manifest says {expected['bytes']:,}: damaged")
-
-
-def verify(step_dir: str | Path, group: dist.ProcessGroup | None = None) -> dict[str, Any]:
-    """Compare every file of a checkpoint with its manifest, and return the record. Nothing is unpickled.
-
-    group: all its ranks call this, each reads its share of the files, and all come to the same result. Raises
-    FileNotFoundError for a directory that is no checkpoint, and ValueError naming the file, what was found in it and
-    what was expected.
-    """
-    step_dir = Path(step_dir)
-
-    def compare() -> dict[str, Any]:
-        manifest = read_manifest(step_dir)
-        _check_sizes(step_dir, manifest)
-        share = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
-        for name in list(manifest["files"])[share[0] :: share[1]]:
-            found, expected = cli.file_sha256(step_dir / name), manifest["files"][name]["sha256"]
-            if found != expected:
-                raise ValueError(f"{step_dir / name}: SHA-256 {found}, the manifest says {expected}: damaged")
-        return manifest["record"]
-
-    return _agree(group, "", compare)[0]
-
-
-# ------------------------------------------------------------------------------------------------ loading
-
-
-@torch.no_grad()
-def load(
-    step_dir: str | Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    group: dist.ProcessGroup | None = None,
-    verified: bool = False,
-) -> dict[str, Any]:
-    """Fill model and optimizer from a checkpoint, in place, bit for bit, and return the record of the run.
-
-    Each rank reads its own parts, whatever number of ranks wrote them. group: to share the verification, which
-    `verified` says `Snapshots.latest` has just done. Raises what `verify` raises, and ValueError if the checkpoint is
-    of another model, or of one with other weights frozen.
-    """
-    step_dir = Path(step_dir)
-    if not verified:
-        verify(step_dir, group)
-    manifest = read_manifest(step_dir)
-    metadata = _read_metadata(step_dir, manifest)
-    names = _parameter_names(model)
-    parameters = {name: tensor for tensor, name in names.items()}
-    options = {names[parameter]: options for options in optimizer.param_groups for parameter in options["params"]}
-    state = {f"model.{name}": tensor.detach() for name, tensor in parameters.items()}
-    _check_same_model(step_dir, metadata, state, trained=options.keys())
-
-    moments: dict[str, dict[str, Tensor]] = {}
-    for full_name in metadata.state_dict_metadata.keys() - state.keys():
-        name, _, key = full_name.removeprefix("optimizer.").rpartition(".")
-        parameter, (shape, dtype) = parameters[name], _shape_and_dtype(metadata, full_name)
-        if key == "step":  # torch wants it beside the parameter only where a kernel reads it
-            beside = options[name].get("fused") or options[name].get("capturable")
-            value = torch.zeros(shape, dtype=dtype, device=local(parameter).device if beside else "cpu")
-        elif shape == tuple(parameter.shape):
-            value = torch.zeros_like(parameter, dtype=dtype)
-        else:
-            raise ValueError(f"{step_dir}: {full_name} has another shape than its parameter: {_spell(shape, dtype)}")
-        state[full_name] = moments.setdefault(name, {})[key] = value
-    _read(step_dir, metadata, state)
-    optimizer.state.clear()
-    for name, values in moments.items():
-        optimizer.state[parameters[name]] = values
-    return manifest["record"]
-
-
-def _check_same_model(step_dir: Path, metadata: Metadata, state: dict[str, Tensor], trained: Set[str]) -> None:
-    """ValueError unless the weights in a checkpoint are those of `state`, and its moments belong to what is trained."""
-    stored = metadata.state_dict_metadata
-    problems = [f"{name} is not in it" for name in state.keys() - stored.keys()]
-    for name in stored:
-        if name in state:
-            found, wanted = _shape_and_dtype(metadata, name), (tuple(state[name].shape), state[name].dtype)
-            if found != wanted:
-                problems.append(f"{name} is {_spell(*found)} in it, {_spell(*wanted)} in the model")
-        elif name.startswith("model."):
-            problems.append(f"{name} of it is not in the model")
-        elif name.removeprefix("optimizer.").rpartition(".")[0] not in trained:
-            problems.append(f"{name} of it belongs to nothing that is trained")
-    if problems:
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise ValueError(f"{step_dir} is of another model: {'; '.join(sorted(problems)[:3])}{more}")
-
-
-def _read(step_dir: Path, metadata: Metadata, state: dict[str, Tensor]) -> None:
-    """Fill the tensors, or this rank's parts of them, from whatever parts were stored."""
-    reader, planner = FileSystemReader(step_dir), DefaultLoadPlanner(**UNFLATTENED)
-    planner.set_up_planner(state, metadata, is_coordinator=True)
-    reader.set_up_storage_reader(metadata, is_coordinator=True)
-    reader.read_data(planner.finish_plan(planner.create_local_plan()), planner).wait()
-
-
-def _shape_and_dtype(metadata: Metadata, name: str) -> tuple[tuple[int, ...], torch.dtype]:
-    entry = metadata.state_dict_metadata[name]
-    return tuple(entry.size), entry.properties.dtype
-
-
-def _spell(shape: tuple[int, ...], dtype: torch.dtype) -> str:
-    return f"{list(shape)} {str(dtype).removeprefix('torch.')}"
-
-
-def _read_metadata(step_dir: Path, manifest: dict[str, Any]) -> Metadata:
-    """DCP's `.metadata`. ValueError if it is not what this module writes: tensors, in files that the manifest lists."""
-    try:
-        with open(step_dir / ".metadata", "rb") as file:
-            metadata = _MetadataReader(file).load()
-        entries, places = metadata.state_dict_metadata, metadata.storage_data
-        for name, entry in entries.items():
-            if not isinstance(entry, TensorStorageMetadata) or not name.startswith(("model.", "optimizer.")):
-                # Anything else than a tensor, DCP would unpickle.
-                raise ValueError(f"{name} is not a tensor of a model or optimizer")
-        for place in places.values():
-            if place.relative_path not in manifest["files"]:
-                raise ValueError(f"{place.relative_path!r} is not in the manifest")
-    except Exception as error:  # of whatever kind that bytes from a stranger lead to
-        raise ValueError(f"{step_dir / '.metadata'}: not written by this program: {error}") from None
-    return metadata
-
-
-class _MetadataReader(pickle.Unpickler):
-    """Takes the pickle `.metadata` for data: makes DCP's records, and the sizes and dtypes in them; nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        records = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-        plain = {("torch", "Size"), ("torch.serialization", "_get_layout")}
-        if (module, name) in plain or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
-            return super().find_class(module, name)
-        if module in records and "." not in name:
-            found = super().find_class(module, name)
-            if isinstance(found, type) and found.__module__ in records:
-                return found
-        raise ValueError(f"it asks for {module}.{name}")
-
-
-# ------------------------------------------------------------------------------------------------ exporting
-
-
-def export(step_dir: str | Path, out: str | Path, dtype: str | torch.dtype | None = None, force: bool = False) -> Path:
-    """Write a checkpoint's weights as a model directory in Hugging Face's layout, one tensor at a time.
-
-    dtype: None keeps the one that was trained in. Tokenizer files and upscale.json go along. Needs no process group.
-    Raises what `verify` raises, FileExistsError as `save_model` does, ValueError for a value that dtype cannot hold.
-    """
-    step_dir, dtype = Path(step_dir), parse_dtype(dtype)
-    cli.check_output(Path(out), force)
-    verify(step_dir)
-    metadata = _read_metadata(step_dir, read_manifest(step_dir))
-    config = ModelConfig.from_hf(parse_json((step_dir / "config.json").read_bytes(), step_dir / "config.json"))
-    tensors = []
-    for name, shape in config.tensor_shapes().items():
-        if f"model.{name}" not in metadata.state_dict_metadata:
-            raise ValueError(f"{step_dir}: {name} is missing, its config.json implies it")
-        found, stored = _shape_and_dtype(metadata, f"model.{name}")
-        if found != shape:
-            raise ValueError(f"{step_dir}: {name} is {list(found)}, its config.json says {list(shape)}")
-
-        def write(file, name=name, shape=shape, stored=stored) -> None:
-            tensor = torch.empty(shape, dtype=stored)
-            _read(step_dir, metadata, {f"model.{name}": tensor})
-            cast = tensor.to(dtype or stored)
-            if not cast.isfinite().all():
-                raise ValueError(f"{name}: values up to {tensor.abs().max():.4g} do not fit {dtype}; use bfloat16")
-            write_bytes(file, cast)
-
-        tensors.append(TensorToWrite(name, shape, dtype or stored, write))
-    with cli.publish(Path(out), force) as staging:
-        write_shards(staging, tensors, DEFAULT_MAX_SHARD_BYTES)
-        copy_companions(step_dir, staging)
-        if (step_dir / PLAN).is_file():
-            shutil.copyfile(step_dir / PLAN, staging / PLAN)
-        write_config(staging, replace(config, torch_dtype=str(tensors[0].dtype).removeprefix("torch.")))
-    return Path(out)
 
 
 def main() -> None:
@@ -608,7 +344,7 @@ def main() -> None:
     parser.add_argument("--dtype", help="cast to bfloat16, float16 or float32 (default: as trained)")
     parser.add_argument("--force", action="store_true", help="replace the output if it exists")
     options = parser.parse_args()
-    print(export(options.step_dir, options.out, options.dtype, options.force))
+    print(restore.export(options.step_dir, options.out, options.dtype, options.force))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from solar.corpus import Source
 from solar.shards import prepare
@@ -59,6 +60,20 @@ def sentencepiece_model(tmp_path_factory):
     lines = Path(base.__file__).read_text().splitlines()
     (folder / "tokenizer.model").write_bytes(base.train_tokenizer(lines, 600))
     return folder
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    """Where a run's checkpoints go."""
+    return tmp_path / "checkpoints"
 
 
 @pytest.fixture

@@ -15,10 +15,10 @@ LAYERS = {
         "config", "plan", "cli", "tokenizer", "tensorfile", "losses", "optim", "problems", "permutation", "tally",
         "chats", "rows",
     ],
-    1: ["model", "meter", "corpus", "tokens", "packing", "logps", "seeds", "instructions"],
-    2: ["checkpoint", "shards", "rephrase", "contamination"],
-    3: ["upscale", "merge", "sampling", "data", "dist", "snapshot", "examples"],
-    4: ["base", "analyze", "packed", "reference", "mathdata"],
+    1: ["model", "meter", "corpus", "tokens", "packing", "logps", "seeds", "instructions", "agree"],
+    2: ["checkpoint", "shards", "rephrase", "contamination", "manifest"],
+    3: ["upscale", "merge", "sampling", "data", "dist", "restore", "examples"],
+    4: ["base", "analyze", "packed", "reference", "mathdata", "snapshot"],
     5: ["inputs", "recipe"],
 }  # fmt: skip
 REQUIRED = {"torch", "numpy", "sentencepiece", "safetensors", "triton"}

@@ -15,6 +15,7 @@ import torch
 
 import train
 from solar.checkpoint import CheckpointReader, load_model, save_model
+from solar.manifest import verify
 from solar.model import Transformer
 from solar.upscale import upscale
 from tests.training import (
@@ -391,7 +392,7 @@ def kills(options, count: int) -> int:
         done += 1
         if (checkpoints / "latest").exists():
             named = checkpoints / (checkpoints / "latest").read_text().strip()
-            assert train.snapshot.verify(named)["step"] == int(named.name.removeprefix("step-"))
+            assert verify(named)["step"] == int(named.name.removeprefix("step-"))
     train.run(killed)
     assert losses(killed) == losses(whole)
     assert_same_weights(killed, whole)
@@ -425,7 +426,7 @@ def test_a_disk_that_is_full_for_one_save(options, monkeypatch, capsys, policy):
         assert "no space left on the disk" in capsys.readouterr().err
         assert len(losses(run)) == 8
     assert failed
-    assert train.snapshot.verify(sorted((Path(run.out) / "checkpoints").glob("step-*"))[0])
+    assert verify(sorted((Path(run.out) / "checkpoints").glob("step-*"))[0])
 
 
 # ------------------------------------------------------------------------------------------------ bad input

@@ -19,9 +19,10 @@ from pathlib import Path
 import torch
 
 import train
-from solar import dist, meter, optim, snapshot
+from solar import dist, meter, optim, restore, snapshot
 from solar.checkpoint import CheckpointReader
 from solar.config import ModelConfig
+from solar.manifest import verify
 from solar.model import Transformer
 
 SIZES = {  # name -> hidden, layers, heads, kv heads, intermediate, vocabulary
@@ -114,8 +115,8 @@ def save(world: dist.World) -> None:
         )
         path = snapshots.latest()
         size = sum(file.stat().st_size for file in path.iterdir())
-        verifying = seconds_of(lambda: snapshot.verify(path))
-        loading = seconds_of(lambda: snapshot.load(path, model, optimizer, verified=True))
+        verifying = seconds_of(lambda: verify(path))
+        loading = seconds_of(lambda: restore.load(path, model, optimizer, verified=True))
         reading = seconds_of(lambda: [file.read_bytes() for file in path.iterdir()])
         print(
             f"resuming from {size / 1e6:.0f} MB: {verifying:.2f} s to verify (SHA-256), {loading:.2f} s to load, "
