@@ -45,7 +45,7 @@ BASE_RECIPE := --data stdlib:0.3 problems:0.7 --batch-size 4 --max-steps 5200 --
 PRETRAIN_RECIPE := --data stdlib:0.3 problems:0.7 --max-steps 200 --lr 1e-3 --eval-every 100 --holdout 0.02
 
 # Instruction tuning and preferences. Zephyr's shape (arXiv:2310.16944), at learning rates for a model of 8 million.
-SFT_RECIPE := --stage sft --sequence-length 512 --batch-size 4 --epochs 1 --lr 1e-3 --warmup-steps 5 \
+SFT_RECIPE := --stage sft --sequence-length 512 --batch-size 2 --epochs 1 --lr 1e-3 --warmup-steps 5 \
   --holdout 0.02 --eval-every 0 --save-every 1000
 PAIRS_RECIPE := --sequence-length 512 --holdout 0.02
 DPO_RECIPE := --stage dpo $(PAIRS_RECIPE) --batch-size 4 --epochs 1 --lr 5e-5 --beta 0.1 --warmup-steps 5 \

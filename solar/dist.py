@@ -1,6 +1,6 @@
 """Many processes, one model: PyTorch's torchrun and FSDP2, and what each rank reads of a checkpoint.
 
-The only file that knows of process groups. Each parameter is split along its first dimension over the ranks; before a
+The only file that makes process groups. Each parameter is split along its first dimension over the ranks; before a
 layer runs its parts are gathered, in the compute dtype, and freed again afterwards; gradients are summed in fp32 into
 each rank's part (arXiv:2304.11277, arXiv:1910.02054). One process takes the same path with a group of one.
 """
