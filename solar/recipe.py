@@ -24,7 +24,7 @@ from solar.checkpoint import load_model
 from solar.sampling import generate
 from solar.tokenizer import TEMPLATES, Tokenizer, encode_prompt
 
-LONGEST_REPLY = 112  # tokens
+LONGEST_REPLY = 96  # tokens
 BATCH = 100  # prompts at once
 
 
@@ -149,7 +149,7 @@ def table(marks: dict[str, Marks]) -> str:
 @dataclass
 class Options:
     folder: list[str] = cli.flag(positional=True, metavar="DIR", help="folder that holds the models, as NAME/model")
-    count: int = cli.flag(200, help="problems, and instructions, to ask each model")
+    count: int = cli.flag(150, help="problems, and instructions, to ask each model")
     seed: int = cli.flag(1, help="of the questions")
     template: str = cli.flag("solar", help=f"how they are asked: {', '.join(TEMPLATES)}")
 
