@@ -15,6 +15,7 @@ PYTHON ?=
 PEER   ?=
 DATA   ?=
 MODELS ?=
+PAIRS  ?=
 
 # conda's base environment is active in every shell that conda has touched: that is no choice of an environment; nor is
 # our own .venv, which these targets keep complete.
@@ -45,10 +46,10 @@ BASE_RECIPE := --data stdlib:0.3 problems:0.7 --batch-size 4 --max-steps 5200 --
 PRETRAIN_RECIPE := --data stdlib:0.3 problems:0.7 --max-steps 200 --lr 1e-3 --eval-every 100 --holdout 0.02
 
 # Instruction tuning and preferences. Zephyr's shape (arXiv:2310.16944), at learning rates for a model of 8 million.
-SFT_RECIPE := --stage sft --sequence-length 512 --batch-size 2 --epochs 1 --lr 1e-3 --warmup-steps 5 \
+SFT_RECIPE := --stage sft --sequence-length 512 --batch-size 2 --lr 1e-3 --warmup-steps 5 \
   --holdout 0.02 --eval-every 0 --save-every 1000
 PAIRS_RECIPE := --sequence-length 512 --holdout 0.02
-DPO_RECIPE := --stage dpo $(PAIRS_RECIPE) --batch-size 4 --epochs 1 --lr 5e-5 --beta 0.1 --warmup-steps 5 \
+DPO_RECIPE := --stage dpo $(PAIRS_RECIPE) --batch-size 4 --lr 5e-5 --beta 0.1 --warmup-steps 5 \
   --eval-every 0 --save-every 1000
 
 .DEFAULT_GOAL := help
@@ -95,25 +96,34 @@ out/instruct/math.jsonl: out/instruct/seeds.jsonl
 out/instruct/math-pairs.jsonl: out/instruct/math.jsonl
 	@$(PY) -m solar.mathdata pairs --instruct $< --out $@
 
-SFT_DATA := $(if $(DATA),$(DATA),out/instruct/alpaca.jsonl out/instruct/math.jsonl)
-DPO_DATA := $(if $(DATA),$(DATA),out/instruct/feedback.jsonl out/instruct/math-pairs.jsonl)
+# Without DATA= the generated sets, made if they are not there.
+SFT_DATA := $(or $(DATA),out/instruct/alpaca.jsonl out/instruct/math.jsonl)
+DPO_DATA := $(or $(DATA),out/instruct/feedback.jsonl out/instruct/math-pairs.jsonl)
+made = $(if $(DATA),,$1)
+REFERENCE = $(PY) $(if $(filter-out 1,$(NPROC)),-m torch.distributed.run --nproc-per-node $(NPROC)) -m solar.reference $(PAIRS_RECIPE)
+there = @test -e "$(if $(call given,MODEL,),$(MODEL),$1)" || { echo "error: $1 does not exist yet: \`make $2\` makes it, or give MODEL=DIR" >&2; exit 2; }
 
-sft: $(READY) $(SFT_DATA)  ## tune a model on instructions: MODEL=, DATA='A.jsonl B.jsonl', OUT=
+sft: $(READY) $(call made,$(SFT_DATA))  ## tune a model on instructions: MODEL=, DATA='A.jsonl B.jsonl', OUT=
+	$(call there,out/pretrain/model,pretrain)
 	@$(TRAIN) $(SFT_RECIPE) --data $(SFT_DATA) $(call given,MODEL,model) $(call given,OUT,out) $(ARGS)
 
-reference: $(READY) $(DPO_DATA)  ## what MODEL thinks of the pairs in DATA, kept for DPO
-	@$(PY) -m solar.reference $(PAIRS_RECIPE) --data $(DPO_DATA) $(call given,MODEL,model)
+# PAIRS= holds flags that the reference and training must agree on: --template, --sequence-length, --too-long, --holdout.
+reference: $(READY) $(call made,$(DPO_DATA))  ## what MODEL thinks of the pairs in DATA, kept for DPO
+	$(call there,out/sft/model,sft)
+	@$(REFERENCE) $(PAIRS) --data $(DPO_DATA) $(call given,MODEL,model)
 
 dpo: reference  ## align MODEL to the preferences in DATA
-	@$(TRAIN) $(DPO_RECIPE) --data $(DPO_DATA) $(call given,MODEL,model) $(call given,OUT,out) $(ARGS)
+	@$(TRAIN) $(DPO_RECIPE) $(PAIRS) --data $(DPO_DATA) $(call given,MODEL,model) $(call given,OUT,out) $(ARGS)
 
-sdpo: $(READY) $(DPO_DATA)  ## the same in steps, easy files first, each with the model of the step before as reference
+# The references come first, so that ranking the files reads what is there instead of computing it again.
+sdpo: reference  ## the same in steps, easy files first, each with the model of the step before as reference
+	@mkdir -p out/sdpo && $(REFERENCE) $(PAIRS) --data $(DPO_DATA) $(call given,MODEL,model) --rank-chunks > out/sdpo/order
+	@cat out/sdpo/order
 	@model="$(if $(call given,MODEL,model),$(MODEL),out/sft/model)"; step=0; \
-	files=$$($(PY) -m solar.reference $(PAIRS_RECIPE) --data $(DPO_DATA) --model $$model --rank-chunks | tee /dev/stderr | tail -1) || exit; \
-	for file in $$files; do \
-	  step=$$((step + 1)); reference=out/sdpo/step-$$step.ref.jsonl; mkdir -p out/sdpo; \
-	  $(PY) -m solar.reference $(PAIRS_RECIPE) --data $$file --model $$model --out $$reference && \
-	  $(TRAIN) $(DPO_RECIPE) --data $$file --reference $$reference --model $$model --out out/sdpo/step-$$step $(ARGS) || exit; \
+	for file in $$(tail -n 1 out/sdpo/order); do \
+	  step=$$((step + 1)); values=out/sdpo/step-$$step.ref.jsonl; \
+	  $(REFERENCE) $(PAIRS) --data $$file --model "$$model" --out $$values || exit; \
+	  $(TRAIN) $(DPO_RECIPE) $(PAIRS) --data $$file --reference $$values --model "$$model" --out out/sdpo/step-$$step $(ARGS) || exit; \
 	  model=out/sdpo/step-$$step/model; \
 	done
 
@@ -145,9 +155,9 @@ $(D)/math-pairs.jsonl: $(D)/math.jsonl
 
 jsonl = $(filter %.jsonl,$^)
 $(A)/base/model: | $(READY)
-	@mkdir -p $(@D) && cp -r solar/assets/base $@
+	@$(PY) -m solar.upscale --model solar/assets/base --out $@ --plan copy --model-type keep
 $(A)/grown/model: $(A)/base/model
-	@$(PY) -m solar.upscale --model $< --out $@ --plan dus
+	@$(PY) -m solar.upscale --model $< --out $@ --plan dus --force
 $(A)/continued/model: $(A)/grown/model
 	@$(TRAIN) --model $< --out $(@D) $(PRETRAIN_RECIPE) --max-steps 100 --eval-every 0
 
@@ -158,7 +168,7 @@ $(A)/sft-v4/model: $(D)/alpaca.jsonl $(D)/math.jsonl
 $(A)/sft-v%/model: $(A)/continued/model
 	@$(TRAIN) $(SFT_RECIPE) --model $< --data $(jsonl) --out $(@D)
 $(A)/sft-v3+v4/model: $(A)/sft-v3/model $(A)/sft-v4/model
-	@$(PY) -m solar.merge --models $^ --out $@
+	@$(PY) -m solar.merge --models $^ --out $@ --force
 
 # What an SFT model thinks of a file of pairs: ref/FILE/MODEL.jsonl.
 .SECONDEXPANSION:
@@ -177,10 +187,11 @@ $(A)/dpo-v1/model: $(call refs,sft-v3,feedback)
 $(A)/dpo-v2/model: $(call refs,sft-v3,$(BOTH))
 	$(call dpo,sft-v3,$(BOTH))
 $(A)/dpo-v1+v2/model: $(A)/dpo-v1/model $(A)/dpo-v2/model
-	@$(PY) -m solar.merge --models $^ --out $@
+	@$(PY) -m solar.merge --models $^ --out $@ --force
 $(A)/dpo-v3/model: $(call refs,sft-v3+v4,$(BOTH))
 	$(call dpo,sft-v3+v4,$(BOTH))
-# The chunks are sources, easy ones first by the starting model's reward accuracy: see what align prints of --rank-chunks.
+# The chunks are sources, easy ones first by the starting model's reward accuracy: what --rank-chunks prints should have
+# feedback first, and `make sdpo` would let it decide.
 $(A)/sdpo-1/model: $(call refs,sft-v3+v4,feedback)
 	@$(PY) -m solar.reference $(PAIRS_RECIPE) --model $(A)/sft-v3+v4/model --data $(BOTH:%=$(D)/%.jsonl) --rank-chunks
 	$(call dpo,sft-v3+v4,feedback)
@@ -195,7 +206,7 @@ $(A)/merge-v2/model: AMOUNT = --weights 0.4 0.6
 $(A)/merge-v3/model: AMOUNT = --weights 0.6 0.4
 $(A)/merge-v4/model: AMOUNT = --method slerp --t 0.5
 $(A)/merge-v%/model: $(A)/cand-1/model $(A)/cand-2/model
-	@$(PY) -m solar.merge --models $^ --out $@ $(AMOUNT)
+	@$(PY) -m solar.merge --models $^ --out $@ --force $(AMOUNT)
 
 test: $(TESTS)  ## every check that a CPU can run; before each commit, and in CI
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .

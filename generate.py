@@ -19,7 +19,7 @@ from solar.checkpoint import load_model
 from solar.model import Transformer
 from solar.plan import GRAMMAR
 from solar.sampling import generate
-from solar.tokenizer import TEMPLATES, StreamDecoder, Tokenizer, encode_prompt
+from solar.tokenizer import TEMPLATES, StreamDecoder, Tokenizer, encode_prompt, end_ids
 
 
 @dataclass
@@ -166,7 +166,8 @@ def load(options: Options) -> Session:
     model = load_model(options.model, dtype=options.dtype, device=device, plan=options.plan)
     ends = model.config.eos_token_id
     eos = set(ends) if isinstance(ends, tuple) else {ends}
-    return Session(options, model, tokenizer, (eos | {tokenizer.eos_id}) - {None})
+    eos |= end_ids(tokenizer, options.template if options.chat else None)
+    return Session(options, model, tokenizer, eos - {None})
 
 
 def complete(session: Session, texts: list[str]) -> None:

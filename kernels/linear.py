@@ -25,8 +25,9 @@ def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
 
 def linear_torch(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear, but for fp32 on a CPU where oneDNN can be asked directly."""
-    if x.dtype != torch.float32 or weight.dtype != torch.float32 or x.is_cuda or not _has_onednn():
+    """F.linear, but for fp32 on a CPU where oneDNN can be asked directly. (torch.compile chooses for itself.)"""
+    plain = x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32
+    if plain or torch.compiler.is_compiling() or not _has_onednn():
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _Linear.apply(x, weight, bias)

@@ -55,6 +55,7 @@ def label_logprobs_torch(x: Tensor, weight: Tensor, labels: Tensor, summed: bool
 
     summed: a promise that the gradient of every label will be the same, as that of a loss which is their sum.
     """
+    summed = summed and torch.is_grad_enabled()  # inside the function it never is, and gradients always seem wanted
     rows = (labels != IGNORED).nonzero()[:, 0]
     if len(rows) == len(labels):
         return _ChunkedLabelLogprobs.apply(x, weight, labels, summed)

@@ -11,6 +11,7 @@ seen several times while a large one is seen in part.
 Shapes: B rows, T tokens in a row, P pairs in a row.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -199,6 +200,10 @@ class PairBatches(ChatBatches):
                         f"{self.names[k]}: reference log-probabilities of shape {values[split].shape} for {split}, "
                         f"but {wanted} are needed; compute them again for this data"
                     )
+
+    def identity(self) -> dict:
+        tables = [values[split].tobytes() for values in self.reference or [] for split in SPLITS]
+        return super().identity() | {"reference": hashlib.sha256(b"".join(tables)).hexdigest()[:16]}
 
     def _batch(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         batch = super()._batch(rows)

@@ -2,16 +2,18 @@
 
     python -m solar.recipe out/align                      each folder NAME/model of these, in the order of MODELS
 
-Each model gets the same held-out questions through the chat template, greedily: arithmetic problems (solar/problems.py)
-of which the final answer counts, and small instructions (solar/instructions.py) of which the whole reply counts. The
-score is the mean of both shares, as the paper's H6 is a mean of six. Whether an ordering of the paper shows is decided
-by the paired difference of two models on the same questions: shown if its 95% interval lies above zero, contradicted if
-below, otherwise not shown at this size.
+Each model gets the same held-out questions, greedily, through the chat template once it has learned that: arithmetic
+problems (solar/problems.py) of which the final answer counts, and small instructions (solar/instructions.py) of which
+the whole reply counts; no question twice. The score is the mean of both shares, as the paper's H6 is a mean of six.
+Whether an ordering of the paper shows is decided by the paired difference of two models on the same questions: shown if
+its 95% interval lies above zero, contradicted if below, otherwise not shown at this size.
 """
 
 import json
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -22,25 +24,27 @@ import torch
 from solar import cli, instructions, problems
 from solar.checkpoint import load_model
 from solar.sampling import generate
-from solar.tokenizer import TEMPLATES, Tokenizer, encode_prompt
+from solar.tokenizer import TEMPLATES, Tokenizer, encode_prompt, end_ids
 
 LONGEST_REPLY = 96  # tokens
 BATCH = 100  # prompts at once
 
 
 class Row(NamedTuple):
-    """A model of the recipe: its folder, what it is, and the paper's H6 and GSM8K (arXiv:2312.15166, tables 3 to 8)."""
+    """A model of the recipe: its folder, what it is, the paper's H6 and GSM8K (arXiv:2312.15166, tables 3 to 8), and
+    whether it has learned the chat template: what has not gets the bare question, as in its pretraining."""
 
     name: str
     what: str
     h6: float | None = None
     gsm8k: float | None = None
+    chat: bool = True
 
 
 MODELS = (
-    Row("base", "the base"),
-    Row("grown", "up-scaled, not trained"),
-    Row("continued", "continued pretraining"),
+    Row("base", "the base, in plain text", chat=False),
+    Row("grown", "up-scaled, not trained; plain text", chat=False),
+    Row("continued", "continued pretraining; plain text", chat=False),
     Row("sft-v1", "SFT: Alpaca", 69.15, 52.24),
     Row("sft-v2", "+ Orca", 69.21),
     Row("sft-v3", "+ Orca + math", 70.03, 64.14),
@@ -50,8 +54,8 @@ MODELS = (
     Row("dpo-v2", "+ math", 73.42, 60.27),
     Row("dpo-v1+v2", "average of v1 and v2", 73.21),
     Row("dpo-v3", "data of v2, from SFT v3+v4", 73.58),
-    Row("sdpo-1", "sDPO from SFT v3+v4: easy chunk"),
-    Row("sdpo-2", "then the hard chunk"),
+    Row("sdpo-1", "sDPO from SFT v3+v4: feedback first"),
+    Row("sdpo-2", "then mathematics"),
     Row("cand-1", "candidate 1", 73.73),
     Row("cand-2", "candidate 2", 73.28),
     Row("merge-v1", "average .5, .5", 74.00),
@@ -85,24 +89,38 @@ class Marks(NamedTuple):
 
 
 @torch.inference_mode()
-def replies(model_dir: Path, questions: list[str], template: str) -> list[tuple[str, bool]]:
-    """(what the model answers, whether it ended by itself) for each question, greedily."""
+def replies(model_dir: Path, questions: list[str], template: str | None) -> list[tuple[str, bool]]:
+    """(what the model answers, whether it ended by itself) for each question, greedily; without a template it goes on
+    from the question."""
     model, tokenizer = load_model(model_dir, dtype=torch.float32), Tokenizer(model_dir)
+    encode = tokenizer.encode if template is None else partial(encode_prompt, tokenizer, template)
     order = sorted(range(len(questions)), key=lambda i: len(questions[i]))  # of like length: less padding
     written: list[tuple[str, bool]] = [("", False)] * len(questions)
     for first in range(0, len(order), BATCH):
         batch = order[first : first + BATCH]
-        prompts = [encode_prompt(tokenizer, template, questions[i]) for i in batch]
-        new = generate(model, prompts, LONGEST_REPLY, eos_id=tokenizer.eos_id)
+        prompts = [encode(questions[i]) for i in batch]
+        new = generate(model, prompts, LONGEST_REPLY, eos_id=sorted(end_ids(tokenizer, template)))
         for i, ids in zip(batch, new, strict=True):
             written[i] = tokenizer.decode(ids), len(ids) < LONGEST_REPLY
     return written
 
 
-def examine(model_dir: Path, count: int, template: str, seed: int) -> Marks:
+def distinct(stream: Iterator, question: Callable, count: int) -> list:
+    """The first `count` of a stream whose questions are not those of earlier ones: repeats would make an interval
+    narrower than what was learned from it."""
+    found = {}
+    for item in islice(stream, 100 * count):
+        if len(found) < count:
+            found.setdefault(question(item), item)
+    if len(found) < count:
+        raise ValueError(f"--count {count}: there are few more than {len(found)} distinct questions")
+    return list(found.values())
+
+
+def examine(model_dir: Path, count: int, template: str | None, seed: int) -> Marks:
     """Ask `count` held-out problems and as many held-out instructions."""
-    asked = list(islice(problems.generate(seed, "heldout"), count))
-    tasks = list(islice(instructions.generate(seed, "heldout"), count))
+    asked = distinct(problems.generate(seed, "heldout"), problems.prompt, count)
+    tasks = distinct(instructions.generate(seed, "heldout"), instructions.question, count)
     questions = [problems.prompt(problem) for problem in asked] + [instructions.question(task) for task in tasks]
     written = replies(model_dir, questions, template)
     final = [(problems.extract_answer(text), ended) for text, ended in written[:count]]
@@ -161,13 +179,14 @@ def main() -> None:
     if options.count < 2:
         raise ValueError(f"--count {options.count}: at least 2 questions are needed")
     folder = Path(options.folder[0])
-    names = [row.name for row in MODELS if (folder / row.name / "model/config.json").is_file()]
-    if not names:
+    rows = [row for row in MODELS if (folder / row.name / "model/config.json").is_file()]
+    if not rows:
         raise FileNotFoundError(f"{folder}: no model of the recipe in it, such as {folder / MODELS[0].name / 'model'}")
     marks = {}
-    for name in names:
-        marks[name] = examine(folder / name / "model", options.count, options.template, options.seed)
-        print(f"{name:<10} {marks[name].score:6.1%}", flush=True)
+    for row in rows:
+        template = options.template if row.chat else None
+        marks[row.name] = examine(folder / row.name / "model", options.count, template, options.seed)
+        print(f"{row.name:<10} {marks[row.name].score:6.1%}", flush=True)
     report = {
         name: {
             "problems": mark.problems.mean(), "tasks": mark.tasks.mean(), "format": mark.format, "score": mark.score,

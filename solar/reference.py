@@ -150,7 +150,7 @@ def header_of(reader: CheckpointReader, tokenizer: Tokenizer, pairs: BothSplits,
     """
     return {
         "format": FORMAT,
-        "model": reader.fingerprint(),
+        "model": reader.fingerprint(whole=True),
         "tokenizer": fingerprint(tokenizer)[:16],
         "template": options.template,
         "sequence_length": options.sequence_length,

@@ -176,9 +176,12 @@ def write(
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
-    """sha256 of all that decides which ids a text becomes: the tokenizer's file, and which ids are BOS and EOS."""
-    content = hashlib.sha256(tokenizer.path.read_bytes()).hexdigest()
-    return hashlib.sha256(f"{content} {tokenizer.bos_id} {tokenizer.eos_id}".encode()).hexdigest()
+    """sha256 of all that decides which ids a text becomes: the tokenizer's file, which ids are BOS and EOS, whether it
+    adds BOS by habit, and the ids of its pieces, to which the files beside it can add."""
+    content = hashlib.sha256(tokenizer.path.read_bytes())
+    content.update(f"{tokenizer.bos_id} {tokenizer.eos_id} {tokenizer.adds_bos}".encode())
+    content.update(repr(tokenizer.vocabulary()).encode())
+    return content.hexdigest()
 
 
 def _check_holdout(holdout: float) -> None:

@@ -183,6 +183,10 @@ class Tokenizer:
         """The id of a piece as the vocabulary writes it ("▁the", "<s>"), or None."""
         return self._ids.get(piece)
 
+    def vocabulary(self) -> list[tuple[int, str, bytes]]:
+        """(id, piece, what it adds to a text) of the whole vocabulary, by id."""
+        return sorted((i, piece, self._bytes.get(i, b"")) for piece, i in self._ids.items())
+
     def piece(self, token_id: int) -> str:
         """The piece of an id, as the vocabulary writes it; "" for a hole in the vocabulary."""
         return next((piece for piece, i in self._ids.items() if i == token_id), "")
@@ -271,6 +275,12 @@ def _plain(messages) -> list[Segment]:
 
 
 TEMPLATES = {"solar": _solar, "alpaca": _alpaca, "chatml": _chatml, "plain": _plain}  # name -> messages -> segments
+
+
+def end_ids(tokenizer: Tokenizer, template: str | None = None) -> set[int]:
+    """The ids behind which nothing follows: EOS, and for chatml the token that ends every turn."""
+    ends = {tokenizer.eos_id, tokenizer.token_id("<|im_end|>") if template == "chatml" else None}
+    return ends - {None}
 
 
 def _turns(messages) -> list[tuple[str, str]]:

@@ -862,3 +862,25 @@ def test_what_force_may_replace(tmp_path):
     assert sorted(os.listdir(tmp_path / "model")) == ["config.json", "model.safetensors"]
     assert sorted(os.listdir(tmp_path)) == ["empty", "file", "home", "in", "link", "model"]
     shutil.rmtree(tmp_path / "home")
+
+
+def test_a_fingerprint_sees_small_changes_and_a_whole_one_sees_every_byte(tmp_path):
+    config = ModelConfig(
+        model_type="llama", vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=32, max_position_embeddings=32,
+    )  # fmt: skip
+    model = Transformer(config)
+    model.init_weights(0)
+    prints = lambda name: tuple(CheckpointReader(tmp_path / name).fingerprint(whole) for whole in (False, True))
+    save_model(model, tmp_path / "base")
+    save_model(model, tmp_path / "copy")
+    assert prints("base") == prints("copy")
+    with torch.no_grad():
+        model.lm_head.weight.view(-1)[513] += 1  # between two of the places that are sampled
+    save_model(model, tmp_path / "one")
+    assert prints("one")[0] == prints("base")[0]
+    assert prints("one")[1] != prints("base")[1]
+    with torch.no_grad():
+        model.lm_head.weight[48:] += 1e-3
+    save_model(model, tmp_path / "half")
+    assert prints("half")[0] != prints("base")[0]

@@ -53,12 +53,19 @@ def test_marks_are_those_of_the_replies(monkeypatch):
         known |= {instructions.question(task): f" {task.answer}\n" for task in tasks}
         return [(known[text], True) if i % 2 == 0 else (problems.MARKER, False) for i, text in enumerate(questions)]
 
-    take = lambda stream: [next(stream) for _ in range(10)]
-    asked, tasks = take(problems.generate(1, "heldout")), take(instructions.generate(1, "heldout"))
+    asked = recipe.distinct(problems.generate(1, "heldout"), problems.prompt, 10)
+    tasks = recipe.distinct(instructions.generate(1, "heldout"), instructions.question, 10)
     monkeypatch.setattr(recipe, "replies", replies)
     found = recipe.examine("model", 10, "solar", 1)
     assert found.problems.tolist() == found.tasks.tolist() == [True, False] * 5
     assert (found.format, found.score) == (0.5, 0.5)
+
+
+def test_no_question_is_asked_twice():
+    asked = recipe.distinct(instructions.generate(1, "heldout"), instructions.question, 100)
+    assert len({instructions.question(task) for task in asked}) == 100
+    with pytest.raises(ValueError, match="distinct questions"):
+        recipe.distinct(iter("abab" * 100), str, 3)
 
 
 def test_a_folder_without_models_is_refused(tmp_path, monkeypatch):

@@ -336,3 +336,23 @@ def test_shards_read_as_one_stream(write, make, monkeypatch):
             assert np.array_equal(parts.read(start, stop), stream[start:stop])
             begins = np.flatnonzero(stream[start:stop] == BOS)
             assert np.array_equal(parts.beginnings(start, stop), begins)
+
+
+def test_a_tokenizers_fingerprint_covers_what_stands_beside_its_file(sentencepiece_model, tmp_path):
+    """Whether BOS comes before a text, and which pieces were added, decides the ids of a conversation."""
+    found = []
+    for number, beside in enumerate(
+        [
+            {},
+            {"tokenizer_config.json": {"add_bos_token": False}},
+            {"added_tokens.json": {"<|im_start|>": 600, "<|im_end|>": 601}},
+            {"added_tokens.json": {"<|im_start|>": 601, "<|im_end|>": 600}},
+        ]
+    ):
+        folder = tmp_path / str(number)
+        shutil.copytree(sentencepiece_model, folder)
+        for name, content in beside.items():
+            (folder / name).write_text(json.dumps(content))
+        found.append(fingerprint(Tokenizer(folder)))
+    assert len(set(found)) == 4
+    assert fingerprint(Tokenizer(sentencepiece_model)) == found[0]

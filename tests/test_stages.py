@@ -447,6 +447,15 @@ def test_another_beta_and_reference_file_are_noted(options, place, tmp_path, cap
     assert "after step 2" in said
 
 
+def test_other_reference_values_are_refused(options, place, tmp_path):
+    train.run(options("dpo", max_steps=2))
+    header, *rows = (place / "pairs.ref.jsonl").read_text().splitlines()
+    moved = [json.dumps(row | {"chosen": row["chosen"] - 50}) for row in map(json.loads, rows)]
+    (tmp_path / "other.ref.jsonl").write_text("\n".join([header, *moved]) + "\n")
+    with pytest.raises(ValueError, match="was trained with reference"):
+        train.run(options("dpo", max_steps=4, reference=[str(tmp_path / "other.ref.jsonl")]))
+
+
 # ------------------------------------------------------------------------------------------------ ranks, faults
 
 
