@@ -226,6 +226,8 @@ bench: $(READY)  ## training's speed on this machine's CPU; PEER=PYTHON puts tha
 	@$(PY) -m tests.bench.train_costs sizes
 	@$(PY) -m tests.bench.train_costs lengths
 	@$(PY) -m tests.bench.train_costs save
+	@$(PY) -m tests.bench.preference
+	@$(PY) -m tests.bench.decontaminate
 
 bench-gpu: $(READY)  ## the kernels' speed on this machine's GPU, beside torch's own; whole 10.7B-shaped steps
 	@$(PY) -m kernels.bench $(ARGS)

@@ -82,6 +82,7 @@ LENGTHS = ("max_steps", "max_tokens", "epochs")  # each says how long a run is; 
 
 
 SHOWN = 2  # sequences that --show-batch prints
+FAR = 10  # nats of held-out margin, where the loss has long been near 0 and still pushes both answers down
 SKIPS_IN_A_ROW = 10  # updates that --on-nonfinite skip may leave out before it gives up
 
 
@@ -292,6 +293,10 @@ def loop(options: Options, reader, batches, model, optimizer, record: dict, step
             means = sums or {"perplexity": math.exp(min(loss, 700.0))}
             told = "".join(f", {name.replace('_', ' ')} {value:.2f}" for name, value in means.items())
             say(f"held out {source}: loss {loss:.4f}{told}, {count:,} {stage.unit}", flush=True)
+            if sums.get("margin", 0.0) > FAR:
+                say(
+                    f"note: a margin above {FAR} nats: far from the reference; lower --lr or more --beta keeps it nearer"
+                )
         if log:
             means = {source: sums for source, (_, _, sums) in results.items() if sums}
             log.write(

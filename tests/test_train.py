@@ -121,6 +121,14 @@ def test_what_only_saves_memory_does_not_change_the_curve(options, changed):
     assert losses(saving) == pytest.approx(losses(plain), rel=1e-5)
 
 
+@pytest.mark.slow  # a C++ compiler is at work for most of a minute
+def test_compiled_layers_give_the_same_curve(options):
+    plain, compiled = options("plain", max_steps=3), options("compiled", max_steps=3, compile=True)
+    train.run(plain)
+    train.run(compiled)
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
+
+
 def test_sixteen_bits_learn_too(options):
     full = options("fp32", max_steps=30, lr=2e-2)
     train.run(full)
