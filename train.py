@@ -294,9 +294,7 @@ def loop(options: Options, reader, batches, model, optimizer, record: dict, step
             told = "".join(f", {name.replace('_', ' ')} {value:.2f}" for name, value in means.items())
             say(f"held out {source}: loss {loss:.4f}{told}, {count:,} {stage.unit}", flush=True)
             if sums.get("margin", 0.0) > FAR:
-                say(
-                    f"note: a margin above {FAR} nats: far from the reference; lower --lr or more --beta keeps it nearer"
-                )
+                say(f"note: a margin above {FAR}: far from the reference; lower --lr or more --beta keeps it nearer")
         if log:
             means = {source: sums for source, (_, _, sums) in results.items() if sums}
             log.write(
