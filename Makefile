@@ -170,14 +170,17 @@ $(A)/sft-v%/model: $(A)/continued/model
 $(A)/sft-v3+v4/model: $(A)/sft-v3/model $(A)/sft-v4/model
 	@$(PY) -m solar.merge --models $^ --out $@ --force
 
-# What an SFT model thinks of a file of pairs: ref/FILE/MODEL.jsonl.
+# What an SFT model thinks of a file of pairs: ref/FILE/MODEL.jsonl. Of the mathematics 300 pairs are used, as the paper
+# used a part.
+feedback := $(D)/feedback.jsonl
+math-pairs := $(D)/math-pairs.jsonl::300
 .SECONDEXPANSION:
 $(A)/ref/feedback/%.jsonl: $(A)/$$*/model $(D)/feedback.jsonl
-	@$(PY) -m solar.reference $(PAIRS_RECIPE) --model $< --data $(D)/feedback.jsonl --out $@
+	@$(PY) -m solar.reference $(PAIRS_RECIPE) --model $< --data $(feedback) --out $@
 $(A)/ref/math-pairs/%.jsonl: $(A)/$$*/model $(D)/math-pairs.jsonl
-	@$(PY) -m solar.reference $(PAIRS_RECIPE) --model $< --data $(D)/math-pairs.jsonl --out $@
+	@$(PY) -m solar.reference $(PAIRS_RECIPE) --model $< --data $(math-pairs) --out $@
 # $1: the model to begin with, $2: the files of pairs.
-dpo = @$(TRAIN) $(DPO_RECIPE) --model $(A)/$1/model --data $(2:%=$(D)/%.jsonl) \
+dpo = @$(TRAIN) $(DPO_RECIPE) --model $(A)/$1/model --data $(foreach file,$2,$($(file))) \
   --reference $(2:%=$(A)/ref/%/$1.jsonl) --out $(@D)
 refs = $(2:%=$(A)/ref/%/$1.jsonl)
 BOTH := feedback math-pairs
@@ -193,7 +196,7 @@ $(A)/dpo-v3/model: $(call refs,sft-v3+v4,$(BOTH))
 # The chunks are sources, easy ones first by the starting model's reward accuracy: what --rank-chunks prints should have
 # feedback first, and `make sdpo` would let it decide.
 $(A)/sdpo-1/model: $(call refs,sft-v3+v4,feedback)
-	@$(PY) -m solar.reference $(PAIRS_RECIPE) --model $(A)/sft-v3+v4/model --data $(BOTH:%=$(D)/%.jsonl) --rank-chunks
+	@$(PY) -m solar.reference $(PAIRS_RECIPE) --model $(A)/sft-v3+v4/model --data $(feedback) $(math-pairs) --rank-chunks
 	$(call dpo,sft-v3+v4,feedback)
 $(A)/sdpo-2/model: $(call refs,sdpo-1,math-pairs)
 	$(call dpo,sdpo-1,math-pairs)

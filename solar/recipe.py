@@ -167,7 +167,7 @@ def table(marks: dict[str, Marks]) -> str:
 @dataclass
 class Options:
     folder: list[str] = cli.flag(positional=True, metavar="DIR", help="folder that holds the models, as NAME/model")
-    count: int = cli.flag(150, help="problems, and instructions, to ask each model")
+    count: int = cli.flag(120, help="problems, and instructions, to ask each model")
     seed: int = cli.flag(1, help="of the questions")
     template: str = cli.flag("solar", help=f"how they are asked: {', '.join(TEMPLATES)}")
 
