@@ -1,6 +1,7 @@
 """Rows of instruction and preference files, in the shapes that are found in the wild, as conversations.
 
-    {"instruction", "input"?, "output"}            Alpaca
+    {"instruction", "input"?, "output"}            Alpaca; context for the input (Dolly); history, a list of earlier
+                                                   [question, answer], beside them (LLaMA-Factory)
     {"prompt", "response"}                         also question or query; completion, output or answer; system or
                                                    system_prompt beside them (OpenOrca)
     {"messages": [{"role", "content"}, ...]}       the roles system, user, assistant
@@ -14,6 +15,8 @@ A preference adds which of two answers is better:
     {"conversations", "chosen", "rejected"}        ShareGPT: the conversation ends with the question
     {"instruction", "completions": [{"response", "overall_score"}, ...]}      UltraFeedback as it was scored
 
+A prompt may be a list of messages, an answer the messages that go on from there. A system message beside messages goes
+before them. Where parts of a row contradict each other the row is refused: nothing that was asked is left out unsaid.
 What a row must have is checked here, before anything is encoded: a ValueError says in a few words what is wrong.
 """
 
@@ -23,6 +26,7 @@ from typing import NamedTuple
 
 QUESTIONS = ("instruction", "prompt", "question", "query")
 ANSWERS = ("output", "response", "completion", "answer")
+CONTEXTS = ("input", "context")
 SYSTEM = ("system", "system_prompt")
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
@@ -31,12 +35,13 @@ class Chat(NamedTuple):
     """A prompt and its answers: one to learn, or two, of which the first is better.
 
     messages: [(role, content), ...] up to the user's last message. context: Alpaca's input, which belongs to that
-    message.
+    message. origin: the question that this one is a rephrasing of, "" if none is known.
     """
 
     messages: list[tuple[str, str]]
     answers: list[str]
     context: str = ""
+    origin: str = ""
 
     def conversation(self, answer: int, template: str) -> list[dict] | dict:
         """What `encode_chat` takes, with one of the answers. Alpaca's template has a place of its own for the context;
@@ -47,9 +52,11 @@ class Chat(NamedTuple):
         return [{"role": role, "content": content} for role, content in turns]
 
     def opening(self) -> str:
-        """What the user says first. The side of a split hangs on it alone, so that one question is never on both,
-        whatever the system message, the answer and the rest of the conversation."""
-        return self._question(1 if self.messages[0][0] == "system" else 0).strip()
+        """What the user says first, or what that is a rephrasing of. The side of a split hangs on it alone, so that one
+        question is never on both, whatever its words, the system message, the answer and the rest of the conversation.
+        """
+        first = self.messages[1:] if self.messages[0][0] == "system" else self.messages
+        return (self.origin or (self._question(-1) if len(first) == 1 else first[0][1])).strip()
 
     def _question(self, index: int) -> str:
         question = self.messages[index][1]
@@ -71,8 +78,10 @@ def parse_chat(row) -> Chat:
         name = next((name for name in ANSWERS if name in row), None)
         if name is None:
             raise ValueError(f"no answer ({', '.join(ANSWERS)})")
-        chat = Chat(messages, [_last_answer(row[name], name)[1]], context)
-    return _checked(chat)
+        before, answer = _last_answer(row[name], name)
+        messages, context = _joined(row, messages, context, before, name)
+        chat = Chat(messages, [answer], context)
+    return _checked(chat._replace(origin=_origin(row)))
 
 
 def parse_pair(row, seed: int = 0) -> Chat:
@@ -92,11 +101,10 @@ def parse_pair(row, seed: int = 0) -> Chat:
         (head, chosen), (other, rejected) = (_last_answer(row[name], name) for name in ("chosen", "rejected"))
         if head != other:
             raise ValueError("chosen and rejected are answers to different conversations")
-        if head:  # the whole conversation stands in the answers
-            messages, context = head, ""
+        messages, context = _joined(row, messages, context, head, "chosen")
     if messages is None:
         raise ValueError(f"no question and no conversation ({', '.join(QUESTIONS)}, conversations)")
-    chat = _checked(Chat(messages, [chosen, rejected], context))
+    chat = _checked(Chat(messages, [chosen, rejected], context, _origin(row)))
     if chosen == rejected:
         raise ValueError("chosen and rejected are equal")
     return chat
@@ -109,9 +117,41 @@ def _check_object(row) -> None:
 
 def _conversation(row: dict) -> list[tuple[str, str]]:
     name = "conversations" if "conversations" in row else "messages"
-    turns = _turns(row[name], name)
-    system = _system(row)
-    return system + turns if system and turns[0][0] != "system" else turns
+    return _with_system(_system(row), _turns(row[name], name))
+
+
+def _with_system(system: list[tuple[str, str]], turns: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The turns behind the system message, if there is one; where they have one of their own it must be the same."""
+    own = turns[:1] if turns[0][0] == "system" and turns[0][1].strip() else []
+    if not system or not system[0][1].strip():
+        return turns
+    if own and own[0][1].strip() != system[0][1].strip():
+        raise ValueError("two different system messages")
+    return turns if own else system + turns[turns[0][0] == "system" :]
+
+
+def _joined(
+    row: dict, messages: list[tuple[str, str]] | None, context: str, head: list[tuple[str, str]], name: str
+) -> tuple[list[tuple[str, str]] | None, str]:
+    """(messages, context) of a question and of what stands in the answer before its last message.
+
+    That goes on from the question if it begins with an answer; else it is the whole conversation, and must ask what the
+    question beside it asks.
+    """
+    if not head:
+        return messages, context
+    if messages is None:
+        return _with_system(_system(row), head), ""
+    question = f"{messages[-1][1]}\n\n{context}" if context.strip() else messages[-1][1]
+    messages = [*messages[:-1], (messages[-1][0], question)]
+    if head[0][0] == "assistant":
+        return messages + head, ""
+    system = messages[:1] if messages[0][0] == "system" else []
+    strip = lambda turns: [(role, content.strip()) for role, content in turns if role != "system"]
+    asked, said = strip(messages), strip(head)
+    if not (said[: len(asked)] == asked or (len(asked) == 1 and asked[0] in said)):
+        raise ValueError(f"prompt and {name} ask different things")
+    return _with_system(system, head), ""
 
 
 def _turns(messages, name: str) -> list[tuple[str, str]]:
@@ -131,14 +171,36 @@ def _turn(message, name: str) -> tuple[str, str]:
 
 
 def _question(row: dict) -> tuple[list[tuple[str, str]] | None, str]:
-    """The messages up to the answer, and the input of an Alpaca row; (None, "") if the row has no question."""
+    """The messages up to the answer, and the input that belongs to the last; (None, "") if the row has no question."""
     name = next((name for name in QUESTIONS if name in row), None)
     if name is None:
         return None, ""
+    context, history = _context(row), _history(row)
     if isinstance(row[name], list):
-        return _turns(row[name], name), ""
-    context = row.get("input") or ""
-    return [*_system(row), ("user", _text(row[name], f"{name!r}"))], _text(context, "'input'")
+        if history or context.strip():
+            raise ValueError(f"{'history' if history else 'input'!r} beside a list of messages")
+        return _with_system(_system(row), _turns(row[name], name)), ""
+    return [*_system(row), *history, ("user", _text(row[name], f"{name!r}"))], context
+
+
+def _context(row: dict) -> str:
+    texts = [_text(row[name], f"{name!r}") for name in CONTEXTS if row.get(name)]
+    texts = [text for text in texts if text.strip()]
+    if len(texts) > 1 and texts[0] != texts[1]:
+        raise ValueError(f"both {' and '.join(CONTEXTS)}")
+    return texts[0] if texts else ""
+
+
+def _history(row: dict) -> list[tuple[str, str]]:
+    history = row.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(entry, list) and len(entry) == 2 for entry in history):
+        raise ValueError("'history' is no list of [question, answer]")
+    texts = [_text(text, "a message of 'history'") for entry in history for text in entry]
+    return [*zip(["user", "assistant"] * len(history), texts, strict=True)]
+
+
+def _origin(row: dict) -> str:
+    return _text(row.get("original_question") or "", "'original_question'").strip()
 
 
 def _system(row: dict) -> list[tuple[str, str]]:

@@ -8,10 +8,12 @@ to 12 words is looked for as a whole; shorter ones are names, numbers and choice
 are currency and per cent signs; an apostrophe is dropped ("don't" is "dont"). A number is a word by its value: 1,000 is
 1000 and 18.0 is 18. Numbers that are spelled out are words like others. GSM8K's calculator marks are left out.
 
-**Numbers.** Two mathematics problems of one template with other numbers are different problems, although they may well
-share 13 words. So where the benchmark's text holds numbers, a shared n-gram counts if the example holds all of them, as
-often. An excerpt of a text lacks some of its numbers, and is a copy: so 2n words in a row count too, unless a number
-ends them where the example has another one.
+**Other numbers.** Two mathematics problems of one template with other numbers are different problems, but may well
+share 13 words: then the rule above leaves one out that is none of the benchmark's. With `keep_other_numbers`, where the
+benchmark's text holds numbers, a shared n-gram counts only if the example holds all of them, as often; so do 2n words
+in a row, for an excerpt lacks some of the numbers and is a copy, unless a number ends them where the example has
+another one. This misses real copies: those in which one number is another, and those in which one is left out with its
+sentence, or spelled out, unless 2n words in a row are left. So it is not for claims that a benchmark was not seen.
 
 What is shared is found by hash and then compared word by word, so nothing is dropped for a collision. Memory holds the
 benchmarks, about 100 bytes a word, and one example at a time.
@@ -70,13 +72,14 @@ class Benchmarks:
     """The texts of benchmarks, to be held against examples.
 
     `texts` counts those that are looked for, `short` those that are not, of fewer than 8 words (or than `ngram`).
-    Raises ValueError for an ngram below 2, and if nothing is left to look for.
+    keep_other_numbers: as the head of this file says. Raises ValueError for an ngram below 2, and if nothing is
+    left to look for.
     """
 
-    def __init__(self, texts: Iterable[Text], ngram: int = WORDS):
+    def __init__(self, texts: Iterable[Text], ngram: int = WORDS, keep_other_numbers: bool = False):
         if ngram < 2:
             raise ValueError(f"an n-gram of {ngram} words: it must have at least 2")
-        self.ngram = ngram
+        self.ngram, self.keep_other_numbers = ngram, keep_other_numbers
         self.short = 0
         self._vocabulary: dict[str, int] = {}
         self._places: list[tuple[Path, int]] = []
@@ -144,7 +147,7 @@ class Benchmarks:
         length: int,
         present: Counter[int],
     ) -> Shared | None:
-        """The first of an example's n-grams, at `hit`, that is in a benchmark word for word and by its numbers too."""
+        """The first of an example's n-grams, at `hit`, that is in a benchmark word for word and counts."""
         known, positions = self._index[length]
         first, last = (np.searchsorted(known, hashes, side) for side in ("left", "right"))
         count = last - first
@@ -156,7 +159,7 @@ class Benchmarks:
         same, twice = equal[:, :length].all(1), equal.all(1)
         text = np.searchsorted(self._starts, place, "right") - 1
         for i in np.flatnonzero(same):
-            if self._numbers[text[i]] <= present:
+            if not self.keep_other_numbers or self._numbers[text[i]] <= present:
                 end = length
             elif twice[i] and not self._other_number(spoken, own, at[i], place[i]):
                 end = 2 * length

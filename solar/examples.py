@@ -1,9 +1,10 @@
 """Instruction and preference files to examples: ids that know which of them are learned, made once and kept.
 
 The files, and what a row may look like, are those of solar/chats.py: a .jsonl file, a .json file with a list of rows
-(or with a row a line), or a directory of them. Examples are kept like the tokens of text (solar/tokens.py), in a
-directory whose name covers all that they depend on. A number of their stream is 2 * id + 1 for an id that is learned,
-2 * id for one that is not: so ids and mask cannot come apart, and a vocabulary of up to 32,768 still takes 16 bits.
+(or with a row a line), or a directory of them, in which reference files (*.ref.jsonl) are no data. Examples are kept
+like the tokens of text (solar/tokens.py), in a directory whose name covers all that they depend on. A number of their
+stream is 2 * id + 1 for an id that is learned, 2 * id for one that is not: so ids and mask cannot come apart, and a
+vocabulary of up to 32,768 still takes 16 bits.
 
 Nothing is left out silently. A row that cannot be used stops, or is counted by file and reason; an example that is too
 long is dropped or cut, as one says, and counted too.
@@ -24,7 +25,7 @@ from solar.tally import Tally
 from solar.tokenizer import TEMPLATES, Tokenizer, encode_chat
 from solar.tokens import Tokens
 
-CHATS, PAIRS = "solar chats, version 1", "solar preference pairs, version 1"
+CHATS, PAIRS = "solar chats, version 2", "solar preference pairs, version 2"
 TOO_LONG = ("drop", "truncate")
 LEARNED = "tokens are learned"  # in a tally
 
@@ -47,8 +48,9 @@ def prepare(
     max_length: tokens that an example may have; a pair counts as both of its conversations, side by side.
     too_long: what is longer is dropped, or cut at the end; of a pair the longer side first, so both keep their prompt.
     seed: picks the rejected one of several completions (`parse_pair`).
-    A row is held out by what the user says first: the same question is never on both sides, and in a preference file it
-    is on the side where it is in an instruction file with the same share.
+    A row is held out by what the user says first, or by its "original_question" where it has one: a question and its
+    rephrasings are never on both sides, and in a preference file they are on the side where they are in an instruction
+    file with the same share.
     HASH covers the bytes of the files and of the tokenizer, and all of these options. Several processes may call this
     at once: one does the work, in `workers` processes, while the others wait for it.
     Raises FileNotFoundError, and ValueError with one line: for the first row that cannot be used (unless
@@ -86,6 +88,7 @@ class ChatCorpus(Corpus):
         directory, paths = super()._files(source)
         if not Path(source.path).is_file():
             paths = [path for path in paths if path.suffix in (".json", ".jsonl")]
+            paths = [path for path in paths if not path.name.endswith(".ref.jsonl")]  # solar/logps.py
         if not paths:
             raise ValueError(f"{source.path}: no .jsonl or .json file in it")
         return directory, paths

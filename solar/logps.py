@@ -126,7 +126,9 @@ class Writer:
         except OSError:
             pass  # a filesystem without locks
         self._file.seek(0)
-        first, *lines = self._file.read().split(b"\n")
+        content = self._file.read()
+        # A line without its end does not count, even if it is all there: what is added would go on in it.
+        first, *lines = content[: content.rfind(b"\n") + 1].split(b"\n")
         self.table, sound = np.full((header["pairs"], 2), math.nan), 0
         if same := first + b"\n" == _line(header):
             self.table, sound = _values(lines, header["pairs"])

@@ -10,7 +10,8 @@ rephrased as in MetaMath (arXiv:2309.12284, section 3): a rephrasing is kept whe
 
 A row of Math-Instruct is {"instruction": rephrased question, "output": rephrased answer, "original_question",
 "original_answer", "answer": the final one}; of Math-Alignment {"prompt": rephrased question, "chosen": rephrased
-answer, "rejected": original answer}. Problems that are held out (solar/problems.py) come into neither: their operands
+answer, "rejected": original answer, "original_question"}. By its original question a row of either is held out from
+training, with all rephrasings of it. Problems that are held out (solar/problems.py) come into neither: their operands
 decide.
 """
 
@@ -320,6 +321,8 @@ def make_pairs(options: PairsOptions) -> None:
         for row in read_rows(path, bad):
             try:
                 prompt, chosen, rejected = text_fields(row.value, ("instruction", "output", "original_answer"))
+                named = ("original_question",) if "original_question" in row.value else ()
+                origin = {name: text_fields(row.value, (name,))[0] for name in named}
             except ValueError as error:
                 bad.add(path, row.line, str(error))
                 continue
@@ -328,7 +331,7 @@ def make_pairs(options: PairsOptions) -> None:
             elif held_out(prompt):
                 dropped["a held-out problem"] += 1
             else:
-                file.write(_line({"prompt": prompt, "chosen": chosen, "rejected": rejected}))
+                file.write(_line({"prompt": prompt, "chosen": chosen, "rejected": rejected} | origin))
                 written += 1
         reasons = "".join(f"; {reason}: {count:,}" for reason, count in dropped.items())
         _report_bad(bad)
@@ -349,6 +352,9 @@ class DecontaminateOptions:
     against: list[str] = cli.flag(help="benchmarks: jsonl, json, csv or text files", metavar="FILES")
     out: str = cli.flag(help="what to write: a .jsonl file, or a directory for several", metavar="PATH")
     ngram: int = cli.flag(contamination.WORDS, help="words in a row that may not be shared; 13 is GPT-3's", metavar="N")
+    keep_other_numbers: bool = cli.flag(
+        False, help="keep problems that lack numbers of the benchmark's; this misses copies, see solar/contamination.py"
+    )
     skip_bad_lines: bool = cli.flag(False, help="count rows that cannot be read instead of stopping")
     force: bool = cli.flag(False, help="replace outputs that exist")
 
@@ -361,7 +367,8 @@ def decontaminate(options: DecontaminateOptions) -> None:
     for output in [*outputs, report]:
         cli.check_output_file(output, options.force, [*paths, *against])
     bad = BadRows(options.skip_bad_lines)
-    benchmarks = contamination.Benchmarks(contamination.read_texts(against, bad), options.ngram)
+    texts = contamination.read_texts(against, bad)
+    benchmarks = contamination.Benchmarks(texts, options.ngram, options.keep_other_numbers)
     print(f"{benchmarks.texts:,} texts of benchmarks, and {benchmarks.short:,} that are too short to be looked for")
     progress = cli.Progress("decontaminate", sum(path.stat().st_size for path in paths))
     counts = []

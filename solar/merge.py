@@ -289,19 +289,21 @@ def _show(amount: Amount) -> str:
 def _differences(first: CheckpointReader, others: list[CheckpointReader]) -> tuple[list[str], list[str]]:
     """Why models cannot be merged, and what else differs and is taken from the first."""
     problems, notes = [], []
-    names = [file.name for file in companions_of(first.path)]
+    names = {reader: {file.name for file in companions_of(reader.path)} for reader in (first, *others)}
     for other in others:
         for name, ours in vars(first.config).items():
             if name != "torch_dtype" and ours != (theirs := getattr(other.config, name)):
                 where = notes if name in FREE else problems
                 where.append(f"{name} is {ours} in {first.path}, {theirs} in {other.path}")
-        shared = [name for name in names if (other.path / name).is_file()]
-        for name in shared:
-            if not filecmp.cmp(first.path / name, other.path / name, shallow=False):
-                where = problems if TOKENIZERS.fullmatch(name) else notes
+        for name in sorted(names[first] | names[other]):
+            where = problems if TOKENIZERS.fullmatch(name) else notes
+            if name not in names[first] & names[other]:
+                having, lacking = (first, other) if name in names[first] else (other, first)
+                where.append(f"{name} is in {having.path}, but not in {lacking.path}")
+            elif not filecmp.cmp(first.path / name, other.path / name, shallow=False):
                 where.append(f"{name} of {first.path} and of {other.path} differ")
-        if not any(map(TOKENIZERS.fullmatch, shared)):
-            notes.append(f"tokenizers not compared: no file of one that both {first.path} and {other.path} have")
+        if not any(map(TOKENIZERS.fullmatch, names[first] | names[other])):
+            notes.append(f"tokenizers not compared: neither {first.path} nor {other.path} has a file of one")
     return problems, notes
 
 

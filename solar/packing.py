@@ -12,6 +12,7 @@ def pack(lengths: np.ndarray, capacity: int, seed: int) -> tuple[np.ndarray, np.
     rows that the best packing needs (Johnson et al. 1974), and with many short units nearly every row is full. Among
     units of one length the order is random by `seed`. Which row a unit fills best is found without a search: one bit
     of a number for each space that some row has left, and of those the lowest from `length` on.
+    Rows hold texts of like length, the longest in the first rows: so small batches of them are often of one kind.
     """
     assert 0 < lengths.min() <= lengths.max() <= capacity
     order = permutation(np.arange(len(lengths)), len(lengths), f"{seed} pack")

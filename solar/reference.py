@@ -342,6 +342,13 @@ def check(options: Options) -> CheckpointReader:
         raise ValueError(f"--out {options.out}: {why}; leave it out")
     if twice := {path for path in options.data if options.data.count(path) > 1}:
         raise ValueError(f"--data {min(twice)} is given twice")
+    written: dict[Path, str] = {}
+    for text in [] if options.rank_chunks else options.data:
+        out = Path(options.out or default_path(parse_source(text).path)).resolve()
+        if (other := written.setdefault(out, text)) != text:
+            raise ValueError(f"--data {other} and {text} have one reference file, {out.name}; rename one of them")
+        if out == Path(parse_source(text).path).resolve():
+            raise ValueError(f"--out {options.out} is the file of pairs itself; give another one")
     return reader
 
 

@@ -40,6 +40,33 @@ BRIEF = {"role": "system", "content": "Be brief."}
         ({"conversations": SHAREGPT, "system": "s"}, Chat([("system", "s"), ASK], ["Three."])),
         ({"conversations": MESSAGES}, Chat([ASK], ["Three."])),
         ({"prompt": MESSAGES[:1], "completion": MESSAGES[1:]}, Chat([ASK], ["Three."])),
+        ({"prompt": MESSAGES[:1], "completion": [MESSAGES[1], *MESSAGES]}, Chat([ASK, TOLD, ASK], ["Three."])),
+        ({"prompt": MESSAGES[:1], "completion": MESSAGES}, Chat([ASK], ["Three."])),
+        (
+            {"instruction": "Add.", "input": "1 2", "output": [MESSAGES[1], *MESSAGES]},
+            Chat([("user", "Add.\n\n1 2"), TOLD, ASK], ["Three."]),
+        ),
+        ({"prompt": MESSAGES[:1], "completion": "Three.", "system": "s"}, Chat([("system", "s"), ASK], ["Three."])),
+        (
+            {"prompt": [BRIEF, MESSAGES[0]], "completion": "Three.", "system": "Be brief."},
+            Chat([("system", "Be brief."), ASK], ["Three."]),
+        ),
+        (
+            {"messages": [BRIEF | {"content": ""}, *MESSAGES], "system": "s"},
+            Chat([("system", "s"), ASK], ["Three."]),
+        ),
+        # Dolly, LLaMA-Factory, MetaMathQA
+        ({"instruction": "Add.", "context": "1 2", "response": "3"}, Chat([("user", "Add.")], ["3"], "1 2")),
+        ({"instruction": "Add.", "input": "", "context": "1 2", "output": "3"}, Chat([("user", "Add.")], ["3"], "1 2")),
+        (
+            {"instruction": "Add.", "input": "1 2", "output": "3", "history": [["How many?", "Three."]], "system": "s"},
+            Chat([("system", "s"), ASK, TOLD, ("user", "Add.")], ["3"], "1 2"),
+        ),
+        ({"instruction": "Add.", "output": "3", "history": []}, Chat([("user", "Add.")], ["3"])),
+        (
+            {"query": "So: how many?", "response": "Three.", "original_question": "How many?"},
+            Chat([("user", "So: how many?")], ["Three."], origin="How many?"),
+        ),
     ],
 )
 def test_rows_to_learn_from(row, chat):
@@ -77,6 +104,17 @@ def test_rows_to_learn_from(row, chat):
         ({"messages": [MESSAGES[0], {"role": "assistant", "content": ""}, *MESSAGES]}, "an empty assistant message"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}, MESSAGES[1]]}, "no string"),
         ({"conversations": [{"from": "observation", "value": "x"}]}, "role 'observation'"),
+        ({"messages": [BRIEF, *MESSAGES], "system": "Be long."}, "two different system messages"),
+        ({"prompt": [BRIEF, MESSAGES[0]], "completion": "x", "system": "Be long."}, "two different system messages"),
+        ({"prompt": "Why?", "completion": MESSAGES}, "prompt and completion ask different things"),
+        ({"prompt": MESSAGES[:1], "input": "1 2", "completion": "x"}, "'input' beside a list of messages"),
+        ({"prompt": MESSAGES[:1], "history": [["a", "b"]], "completion": "x"}, "'history' beside a list of messages"),
+        ({"instruction": "Add.", "input": "1", "context": "2", "output": "3"}, "both input and context"),
+        ({"instruction": "Add.", "output": "3", "history": [["a"]]}, "'history' is no list of"),
+        ({"instruction": "Add.", "output": "3", "history": "a"}, "'history' is no list of"),
+        ({"instruction": "Add.", "output": "3", "history": [["a", None]]}, "a message of 'history' is no string"),
+        ({"instruction": "Add.", "output": "3", "history": [["a", ""]]}, "an empty assistant message"),
+        ({"instruction": "Add.", "output": "3", "original_question": 3}, "'original_question' is no string"),
     ],
 )
 def test_rows_that_cannot_be_learned_from(row, reason):
@@ -111,6 +149,22 @@ PAIR = Chat([ASK], ["Three.", "Four."])
         ({"chosen": [MESSAGES[0], GOOD], "rejected": [MESSAGES[0], BAD]}, PAIR),
         ({"prompt": MESSAGES[:1], "chosen": [GOOD], "rejected": [BAD]}, PAIR),
         (
+            {"system": "s", "chosen": [MESSAGES[0], GOOD], "rejected": [MESSAGES[0], BAD]},
+            Chat([("system", "s"), ASK], ["Three.", "Four."]),
+        ),
+        (
+            {"prompt": [BRIEF, MESSAGES[0]], "chosen": [MESSAGES[0], GOOD], "rejected": [MESSAGES[0], BAD]},
+            Chat([("system", "Be brief."), ASK], ["Three.", "Four."]),
+        ),
+        (
+            {"prompt": MESSAGES[:1], "chosen": [GOOD, MESSAGES[0], GOOD], "rejected": [GOOD, MESSAGES[0], BAD]},
+            Chat([ASK, TOLD, ASK], ["Three.", "Four."]),
+        ),
+        (
+            {"prompt": "Why?", "original_question": " How many? ", "chosen": "Three.", "rejected": "Four."},
+            Chat([("user", "Why?")], ["Three.", "Four."], origin="How many?"),
+        ),
+        (
             {"prompt": [BRIEF, *MESSAGES, MESSAGES[0]], "chosen": "Three.", "rejected": "Four."},
             Chat([("system", "Be brief."), ASK, TOLD, ASK], ["Three.", "Four."]),
         ),
@@ -141,6 +195,18 @@ def test_preferences(row, chat):
         ({"chosen": [MESSAGES[0], GOOD], "rejected": [BRIEF, BAD]}, "answers to different conversations"),
         ({"chosen": [MESSAGES[0], GOOD], "rejected": [BAD]}, "answers to different conversations"),
         ({"conversations": SHAREGPT, "chosen": GOOD, "rejected": BAD}, "roles out of order"),
+        (
+            {"prompt": "Why?", "chosen": [MESSAGES[0], GOOD], "rejected": [MESSAGES[0], BAD]},
+            "prompt and chosen ask different things",
+        ),
+        (
+            {"prompt": [*MESSAGES, MESSAGES[0]], "chosen": [MESSAGES[0], GOOD], "rejected": [MESSAGES[0], BAD]},
+            "prompt and chosen ask different things",
+        ),
+        (
+            {"instruction": "How many?", "input": "1", "chosen": [MESSAGES[0], GOOD], "rejected": [MESSAGES[0], BAD]},
+            "prompt and chosen ask different things",
+        ),
         ({"instruction": "How many?", "completions": 3}, "no list of objects"),
         ({"instruction": "How many?", "completions": [{"response": "x", "overall_score": 3}]}, "scored above another"),
         ({"instruction": "How many?", "completions": [{"response": "x"}, {"response": "y"}]}, "scored above another"),
@@ -196,12 +262,14 @@ def test_where_a_templates_context_stands():
     system = chat._replace(messages=[("system", "s"), ("user", "Add.")])
     assert [m["role"] for m in system.conversation(0, "alpaca")] == ["system", "user", "assistant"]
     assert chat.opening() == system.opening() == Chat([("user", " Add.\n\n1 2\n")], ["5"]).opening() == "Add.\n\n1 2"
-    assert Chat([ASK, TOLD, ("user", "Why?")], ["x"]).opening() == "How many?"
+    assert Chat([ASK, TOLD, ("user", "Why?")], ["x"], "input of the last").opening() == "How many?"
+    assert Chat([ASK, TOLD, ("user", "Why?")], ["x"], origin="What?").opening() == "What?"
 
 
 NAMES = [
     "instruction", "prompt", "input", "output", "response", "messages", "conversations", "chosen", "rejected", "system",
     "completions", "role", "from", "content", "value", "overall_score", "annotations", "Rating",
+    "history", "context", "original_question",
 ]  # fmt: skip
 LEAF = st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["user", "gpt", "system", "a", "4"])
 ANY = st.recursive(

@@ -83,6 +83,7 @@ def test_every_form_of_file(form, write, ready):
         "lines in .json": {"a.json": lines(ROWS[:4])},
         "directory": {
             "a.json": json.dumps(ROWS[:2]), "sub/b.jsonl": lines(ROWS[2:4]), "README.md": "x", ".c.json": "[",
+            "a.ref.jsonl": '{"format": "solar reference, version 1"}\n', "sub/b.ref.jsonl": "",
         },
     }[form]  # fmt: skip
     folder = write(files)
@@ -148,7 +149,7 @@ def test_what_no_row_can_change_is_said_first(ready, tokenizer, write):
         ready("problems")
     with pytest.raises(FileNotFoundError, match="nowhere"):
         ready("nowhere")
-    with pytest.raises(ValueError, match="not of the format 'solar preference pairs, version 1'"):
+    with pytest.raises(ValueError, match="not of the format 'solar preference pairs, version 2'"):
         Pairs(ready(folder)["train"].directory, "train", tokenizer.vocab_size)
     with pytest.raises(ValueError, match=r"holds the token id \d+, but the model's vocabulary has 40"):
         Chats(ready(folder)["train"].directory, "train", 40)
@@ -207,6 +208,28 @@ def test_a_question_is_never_on_both_sides(write, ready, tokenizer):
     assert len(train) + len(held_out) == 60
     assert not train & held_out
     assert (questions(pairs["train"]), questions(pairs["heldout"])) == (train, held_out)
+
+
+def test_rephrasings_are_on_the_side_of_what_they_rephrase(write, ready, tokenizer):
+    seeds = [row | {"output": "seed"} for row in ROWS]
+    told = [
+        {"instruction": f"Tell me, please, in form {n}: 2 * {row['instruction']}", "output": "x"}
+        | {"original_question": row["instruction"]}
+        for row in ROWS
+        for n in range(3)
+    ]
+    pairs = [{"prompt": row["instruction"], "chosen": "a", "rejected": "b"} | row for row in told]
+    made = ready(write({"a.jsonl": lines(seeds + told)}), holdout=0.3)
+    compared = ready(write({"b.jsonl": lines(pairs)}, "pairs"), holdout=0.3, pairs=True, max_length=256)
+
+    def numbers(split):
+        return [int(tokenizer.decode(parts[0].ids).partition("What is ")[2].split()[0]) for _, parts in split.units()]
+
+    train, held_out = numbers(made["train"]), numbers(made["heldout"])
+    assert len({*held_out}) * 4 == len(held_out) > 4
+    assert len({*train}) * 4 == len(train)
+    assert {*numbers(compared["heldout"])} == {*held_out}
+    assert {*numbers(compared["train"])} == {*train}
 
 
 def test_a_limit_takes_that_many_rows(write, ready):

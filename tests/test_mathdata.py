@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from solar import base, mathdata, problems
+from solar.chats import parse_chat, parse_pair
 from solar.seeds import extract_answer, same_answer
 
 GSM8K = {
@@ -284,10 +285,28 @@ def test_pairs_of_rephrased_and_original_answers(seeds, tmp_path, capsys):
     instruct.write_text("".join(json.dumps(row) + "\n" for row in [*rows, same, never]))
     run("pairs", "--instruct", instruct, "--out", out)
     expected = [
-        {"prompt": row["instruction"], "chosen": row["output"], "rejected": row["original_answer"]} for row in rows
+        {"prompt": row["instruction"], "chosen": row["output"], "rejected": row["original_answer"]}
+        | {"original_question": row["original_question"]}
+        for row in rows
     ]
+    assert {*map(_split_key, lines(out))} == {*map(_split_key, rows)} == {row["original_question"] for row in rows}
     assert lines(out) == expected
     assert capsys.readouterr().out.endswith(f"21 pairs; chosen equals rejected: 1; a held-out problem: 1\n{out}\n")
+
+
+def _split_key(row):
+    return (parse_pair(row) if "chosen" in row else parse_chat(row)).opening()
+
+
+def test_pairs_of_rows_that_name_no_original_question(tmp_path):
+    instruct, out = tmp_path / "instruct.jsonl", tmp_path / "pairs.jsonl"
+    row = {"instruction": "q", "output": "a", "original_answer": "b"}
+    instruct.write_text(json.dumps(row) + "\n")
+    run("pairs", "--instruct", instruct, "--out", out)
+    assert lines(out) == [{"prompt": "q", "chosen": "a", "rejected": "b"}]
+    instruct.write_text(json.dumps(row | {"original_question": 3}) + "\n")
+    with pytest.raises(ValueError, match='line 1: no string "original_question"'):
+        run("pairs", "--instruct", instruct, "--out", out, "--force")
 
 
 def test_rows_that_make_no_pair(tmp_path):
@@ -348,6 +367,18 @@ def test_an_ngram_may_be_shorter(seeds, tmp_path):
     assert lines(tmp_path / "clean.dropped.jsonl") == []
     run("decontaminate", *argv, 6)
     assert len(lines(tmp_path / "clean.dropped.jsonl")) == 1
+
+
+def test_other_numbers_are_kept_if_one_says_so(tmp_path):
+    data, benchmark, out = tmp_path / "data.jsonl", tmp_path / "test.jsonl", tmp_path / "clean.jsonl"
+    question = GSM8K["question"] + " Say it in words, and then as a number."
+    benchmark.write_text(json.dumps({"question": question}) + "\n")
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in (question.replace("48", "50"), question)))
+    argv = ["decontaminate", "--data", data, "--against", benchmark, "--out", out, "--force"]
+    run(*argv)
+    assert [entry["line"] for entry in lines(tmp_path / "clean.dropped.jsonl")] == [1, 2]
+    run(*argv, "--keep-other-numbers")
+    assert [entry["line"] for entry in lines(tmp_path / "clean.dropped.jsonl")] == [2]
 
 
 def test_a_failure_in_the_middle_leaves_no_file(seeds, tmp_path):

@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -285,7 +286,7 @@ def test_config_and_files_are_the_firsts(pair, tmp_path):
     changed = {"eos_token_id": 7, "max_position_embeddings": 9, "model_type": "mistral", "sliding_window": None}
     changed["architectures"] = ["MistralForCausalLM"]
     (b / "config.json").write_text(json.dumps(config | {"num_key_value_heads": 4} | changed))
-    (b / "merges.txt").write_text("of B alone")
+    (b / "special_tokens_map.json").write_text("of B alone")
     out = merge([a, b], tmp_path / "out", "slerp", t=0.25)
     assert CheckpointReader(out).config == CheckpointReader(a).config
     assert set(os.listdir(out)) == {
@@ -298,9 +299,21 @@ def test_config_and_files_are_the_firsts(pair, tmp_path):
     assert f"max_position_embeddings is 512 in {a}, 9 in {b}" in notes
     assert f"model_type is llama in {a}, mistral in {b}" in notes
     assert f"generation_config.json of {a} and of {b} differ" in notes
-    assert len(notes) == 4
-    (b / "tokenizer.model").unlink()
-    assert f"tokenizers not compared: no file of one that both {a} and {b} have" in prepare([a, b], "slerp").notes
+    assert f"special_tokens_map.json is in {b}, but not in {a}" in notes
+    assert len(notes) == 5
+    for model in (a, b):
+        (model / "tokenizer.model").unlink()
+    assert f"tokenizers not compared: neither {a} nor {b} has a file of one" in prepare([a, b], "slerp").notes
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json", "added_tokens.json"])
+def test_a_tokenizer_file_that_one_model_lacks_is_a_reason(name, pair, tmp_path):
+    a, b = (shutil.copytree(model, tmp_path / model.name) for model in pair)
+    (a / name).write_bytes(b"pieces")
+    (b / name).unlink(missing_ok=True)
+    for models in ([a, b], [b, a]):
+        with pytest.raises(ValueError, match=re.escape(f"{name} is in {a}, but not in {b}")):
+            prepare(models, "slerp")
 
 
 def test_merge_json_says_where_it_came_from(pair, tmp_path):
@@ -377,6 +390,7 @@ def test_models_that_do_not_fit_are_refused_with_every_reason(pair, tmp_path):
         f"  - rope_theta is 10000.0 in {pair[0]}, 500000.0 in {other}",
         f"  - tokenizer.model of {pair[0]} and of {other} differ",
         f"  - num_hidden_layers is 3 in {pair[0]}, 2 in {shallow}",
+        f"  - tokenizer.model is in {pair[0]}, but not in {shallow}",
     ]
     assert not (tmp_path / "out").exists()
 

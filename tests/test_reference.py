@@ -217,6 +217,21 @@ def test_a_file_that_is_not_finished_is_gone_on_with(tmp_path):
     different.close()
 
 
+@pytest.mark.parametrize("cut", range(1, 45))
+def test_a_file_that_ends_anywhere_is_gone_on_with(cut, tmp_path):
+    writer = Writer(tmp_path / "pairs.ref.jsonl", HEADER)
+    writer.add(ROWS[:2])
+    writer.close()
+    content = writer.partial.read_bytes()[:-cut]
+    writer.partial.write_bytes(content)
+    again = Writer(writer.path, HEADER)
+    assert again.partial.read_bytes() == content[: content.rfind(b"\n") + 1]
+    again.add(ROWS)
+    again.publish()
+    again.close()
+    assert read_reference(writer.path, HEADER)[[0, 2, 1]].tolist() == [[*row[1:]] for row in ROWS]
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_never_written(bad, tmp_path):
     writer = Writer(tmp_path / "pairs.ref.jsonl", HEADER)
@@ -440,6 +455,12 @@ def test_chunks_are_ranked_and_nothing_is_written(options, workplace, capsys):
         ({"rank_chunks": True}, "--rank-chunks writes nothing; leave it out"),
         ({"data": ["a.jsonl", "b.jsonl"]}, "each of --data has a reference of its own; leave it out"),
         ({"data": ["a.jsonl", "a.jsonl"], "out": None}, "--data a.jsonl is given twice"),
+        (
+            {"data": ["k.json", "k.jsonl"], "out": None},
+            "--data k.json and k.jsonl have one reference file, k.ref.jsonl; rename one of them",
+        ),
+        ({"data": ["k.jsonl", "./k.jsonl::5"], "out": None}, "--data k.jsonl and ./k.jsonl::5 have one reference file"),
+        ({"data": ["k.jsonl"], "out": "./k.jsonl"}, "--out ./k.jsonl is the file of pairs itself"),
         ({"data": ["nowhere.jsonl"]}, "nowhere.jsonl"),
         ({"model": "nowhere"}, "nowhere: no such directory"),
         ({"sequence_length": 8}, "no example in it is left; dropped, longer than 8 tokens: 60"),
