@@ -12,14 +12,17 @@ long is dropped or cut, as one says, and counted too.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from solar.chats import Chat, parse_chat, parse_pair
 from solar.corpus import BUILT_IN, Corpus, Source, json_row, numbered_lines, read
+from solar.losses import IGNORED
 from solar.shards import cached, fingerprint, write
 from solar.tally import Tally
 from solar.tokenizer import TEMPLATES, Tokenizer, encode_chat
@@ -243,3 +246,22 @@ class Pairs(Chats):
     """Preference pairs: two conversations an example, the chosen one and the rejected one, with one prompt."""
 
     format, width = PAIRS, 2
+
+
+def collate(rows: Sequence[Sequence[Example]], length: int) -> dict[str, Tensor]:
+    """Rows of conversations as int64 tensors (B, length): input_ids; labels, the same ids where they are learned, -100
+    elsewhere; document_ids, which count the conversations of a row from 0.
+
+    What is left of a row is padding: id 0, a document of its own, not learned.
+    """
+    shape = len(rows), length
+    input_ids, labels, document_ids = np.zeros(shape, np.int64), np.full(shape, IGNORED), np.zeros(shape, np.int64)
+    for b, row in enumerate(rows):
+        start = 0
+        for number, (ids, learned) in enumerate(row):
+            here = slice(start, start := start + len(ids))
+            input_ids[b, here], document_ids[b, here] = ids, number
+            labels[b, here] = np.where(learned, ids, IGNORED)
+        document_ids[b, start:] = len(row)
+    batch = {"input_ids": input_ids, "labels": labels, "document_ids": document_ids}
+    return {name: torch.from_numpy(array) for name, array in batch.items()}

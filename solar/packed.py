@@ -22,7 +22,7 @@ from torch import Tensor
 
 from solar.corpus import Source
 from solar.data import Batches, check_sources
-from solar.examples import LEARNED, Chats, Example, Pairs
+from solar.examples import LEARNED, Chats, Example, Pairs, collate
 from solar.losses import IGNORED
 from solar.packing import pack
 from solar.tokenizer import StreamDecoder, Tokenizer
@@ -141,17 +141,7 @@ class ChatBatches(Batches):
         return [part for k, i in row.examples for part in self.examples[row.split][k].example(i)]
 
     def _batch(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        shape = len(rows), self.sequence_length
-        input_ids, labels, document_ids = np.zeros(shape, np.int64), np.full(shape, IGNORED), np.zeros(shape, np.int64)
-        for b, row in enumerate(rows):
-            start = number = 0
-            for number, (ids, learned) in enumerate(self._conversations(row), start=1):
-                here = slice(start, start := start + len(ids))
-                input_ids[b, here], document_ids[b, here] = ids, number - 1
-                labels[b, here] = np.where(learned, ids, IGNORED)
-            document_ids[b, start:] = number
-        batch = {"input_ids": input_ids, "labels": labels, "document_ids": document_ids}
-        return {name: torch.from_numpy(array) for name, array in batch.items()}
+        return collate([self._conversations(row) for row in rows], self.sequence_length)
 
     def describe(self) -> list[str]:
         """Lines that say what there is to learn from, and what was left out and why."""

@@ -24,15 +24,14 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from kernels import CHOICES, select
 from solar import cli, dist
 from solar.checkpoint import CheckpointReader, parse_dtype
 from solar.corpus import parse_source
-from solar.examples import LEARNED, TOO_LONG, Example, Pairs, prepare
+from solar.examples import LEARNED, TOO_LONG, Example, Pairs, collate, prepare
 from solar.logps import FORMAT, Writer, current, default_path, read_reference
-from solar.losses import IGNORED, pair_logps
+from solar.losses import pair_logps
 from solar.model import Transformer
 from solar.packing import pack
 from solar.shards import fingerprint
@@ -77,26 +76,6 @@ class BothSplits:
         return total
 
 
-def collate(rows: Sequence[Sequence[list[Example]]]) -> dict[str, Tensor]:
-    """Rows of pairs -> int64 input_ids, labels, document_ids (B, T), T the longest row's.
-
-    Documents 2j and 2j + 1 of a row are the chosen and the rejected conversation of its pair j; padding is a document
-    behind them. A row without pairs is padding.
-    """
-    texts = [[text for pair in row for text in pair] for row in rows]
-    shape = len(rows), max([2, *(sum(len(text.ids) for text in row) for row in texts)])
-    input_ids, labels = np.zeros(shape, np.int64), np.full(shape, IGNORED, np.int64)
-    document_ids = np.full(shape, max(map(len, texts), default=0), np.int64)
-    for b, row in enumerate(texts):
-        start = 0
-        for number, (ids, learned) in enumerate(row):
-            here = slice(start, start := start + len(ids))
-            input_ids[b, here], document_ids[b, here] = ids, number
-            labels[b, here] = np.where(learned, ids, IGNORED)
-    batch = {"input_ids": input_ids, "labels": labels, "document_ids": document_ids}
-    return {name: torch.from_numpy(array) for name, array in batch.items()}
-
-
 @torch.no_grad()
 def score(
     model: Transformer,
@@ -121,7 +100,9 @@ def score(
             continue
         mine = batch_rows[world.rank :: world.size]
         # A rank without rows takes part all the same: sharded models compute in step.
-        batch = collate([[pairs.example(i) for i in row] for row in mine or [[]]])
+        texts = [[text for i in row for text in pairs.example(i)] for row in mine or [[]]]
+        longest = max(sum(len(text.ids) for text in row) for row in texts)
+        batch = collate(texts, max(longest, 2))
         batch = {name: tensor.to(world.device, non_blocking=True) for name, tensor in batch.items()}
         logps = model(batch["input_ids"], labels=batch["labels"], document_ids=batch["document_ids"])
         sides = pair_logps(logps, batch["document_ids"], max(map(len, mine), default=0))

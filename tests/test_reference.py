@@ -17,12 +17,12 @@ from solar import base, cli, dist, examples, problems, reference
 from solar.checkpoint import CheckpointReader, load_model, save_model
 from solar.config import ModelConfig
 from solar.corpus import Source
-from solar.examples import Example
+from solar.examples import Example, collate
 from solar.logps import FORMAT, Writer, default_path
 from solar.losses import pair_logps, preference_loss
 from solar.model import Transformer
 from solar.packed import PairBatches
-from solar.reference import collate, easy_to_hard, read_reference, score
+from solar.reference import easy_to_hard, read_reference, score
 from solar.tokenizer import Tokenizer
 from tests.golden import tiny
 from tests.test_losses import TRL, golden_model
@@ -107,7 +107,8 @@ def test_values_are_those_of_trl(model, pairs, world):
 
 @torch.no_grad()
 def test_padding_on_the_left_changes_nothing(model, pairs, alone):
-    batch = collate([[pair] for pair in pairs.pairs[:8]])
+    first = pairs.pairs[:8]
+    batch = collate(first, max(sum(len(text.ids) for text in pair) for pair in first))
     shift = [int((row != 2).sum()) for row in batch["document_ids"]]
     left = {name: torch.stack([r.roll(-n) for r, n in zip(x, shift, strict=True)]) for name, x in batch.items()}
     assert (left["document_ids"][:, 0] == 2).sum() == 7  # padded, all but the longest

@@ -13,7 +13,7 @@ import torch
 
 from solar import dist, reference
 from solar.checkpoint import CheckpointReader, save_model
-from solar.examples import Example
+from solar.examples import Example, collate
 from solar.logps import FORMAT, Writer
 from solar.model import Transformer
 from solar.packing import pack
@@ -54,7 +54,7 @@ def main() -> None:
         units, starts = pack(pairs.lengths(), LENGTH, seed=0)
         rows = np.split(units, starts[1:-1])
         batches = [
-            reference.collate([[pairs.example(i) for i in row] for row in rows[first : first + BATCH]])
+            collate([[text for i in row for text in pairs.example(i)] for row in rows[first : first + BATCH]], LENGTH)
             for first in range(0, len(rows), BATCH)
         ]
         tokens = sum(batch["input_ids"].numel() for batch in batches)
