@@ -48,7 +48,7 @@ from solar.rephrase import (
 from solar.rows import BadRows, read_rows
 from solar.sampling import generate
 from solar.seeds import Seed, read_seeds, text_fields
-from solar.tokenizer import TEMPLATES, Tokenizer, encode_prompt
+from solar.tokenizer import TEMPLATES, Tokenizer, encode_prompt, end_ids
 
 SHOWN = 10  # bad lines that are named, at most
 DRAWS = 100_000  # without a new problem: then there is none
@@ -241,7 +241,8 @@ class Rephraser:
         self.options, self.tokenizer = options, Tokenizer(options.model)
         self.model: Transformer = load_model(options.model, dtype=options.dtype, device=device)
         ends = self.model.config.eos_token_id
-        self.ends = sorted({*(ends if isinstance(ends, tuple) else [ends]), self.tokenizer.eos_id} - {None})
+        ends = {*(ends if isinstance(ends, tuple) else [ends])}
+        self.ends = sorted((ends | end_ids(self.tokenizer, options.template)) - {None})
 
     def key(self, attempts: list[tuple[Seed, int]]) -> str:
         """The hash of everything that the rows depend on."""
