@@ -32,8 +32,11 @@ endif
 
 # Triton reads the switch when it decorates a kernel, so its interpreter has a process of its own. No Triton, no tests of it.
 IN_THE_INTERPRETER = $(PY) -c 'import triton' 2>/dev/null || { echo "skipped: no triton here, so no tests of its kernels"; exit 0; }; \
-  TRITON_INTERPRET=1 $(PY) -m pytest tests/interpreter
-SIDE_BY_SIDE := $(if $(filter-out 1,$(NPROC)),-n $(NPROC))
+  TRITON_INTERPRET=1 $(PYTEST) tests/interpreter
+# Tests run two at a time, of one thread each, or NPROC at a time. The compiler's have processes of their own, and a table.
+SIDE_BY_SIDE := -n $(if $(filter-out 1,$(NPROC)),$(NPROC),2)
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest $(SIDE_BY_SIDE)
+COMPILER = tests/test_compile.py
 TRAIN := $(PY) $(if $(filter-out 1,$(NPROC)),-m torch.distributed.run --nproc-per-node $(NPROC)) train.py
 
 # The recipes. Ours: the paper keeps its own to itself.
@@ -213,13 +216,15 @@ $(A)/merge-v%/model: $(A)/cand-1/model $(A)/cand-2/model
 
 test: $(TESTS)  ## every check that a CPU can run; before each commit, and in CI
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
-	@$(PY) -m pytest -m "not slow" $(SIDE_BY_SIDE) $(ARGS)
-	@$(IN_THE_INTERPRETER) -m "not slow" $(SIDE_BY_SIDE)
+	@$(PYTEST) -m "not slow" --ignore $(COMPILER) $(ARGS)
+	@$(PY) -m pytest -m "not slow" $(COMPILER)
+	@$(IN_THE_INTERPRETER) -m "not slow"
 
 test-full: $(TESTS)  ## the same with the long counts
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
-	@$(PY) -m pytest $(SIDE_BY_SIDE) $(ARGS)
-	@$(IN_THE_INTERPRETER) $(SIDE_BY_SIDE)
+	@$(PYTEST) --ignore $(COMPILER) $(ARGS)
+	@$(PY) -m pytest $(COMPILER)
+	@$(IN_THE_INTERPRETER)
 
 test-gpu: $(TESTS)  ## the kernels on this machine's GPU: bf16 parity, compilation, determinism
 	@$(PY) -m pytest tests/gpu $(ARGS)
