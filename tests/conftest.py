@@ -1,6 +1,7 @@
 """Which tests run where: Triton reads TRITON_INTERPRET when a kernel is decorated, so that takes its own process."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,10 @@ from tests.byte_tokenizer import Bytes
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore = ["gpu"] if INTERPRETED else ["interpreter"]
 collect_ignore_glob = ["test_*.py"] if INTERPRETED else []
+
+# What a script starts with & ignores Ctrl-C, and so does all that it starts in turn: then the tests of it would fail.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 COMPILED = pytest.StashKey[list[str]]()  # the table that tests/test_compile.py leaves for the end of the run
 
