@@ -141,7 +141,7 @@ MADE := base grown continued sft-v1 sft-v2 sft-v3 sft-v4 sft-v3+v4 dpo-v1 dpo-v2
   merge-v1 merge-v2 merge-v3 merge-v4
 
 # Two models at a time, of one thread each: small models gain less from a second thread than from a second core.
-align: $(READY)  ## the whole recipe on the small base, and a table of all its models: under 20 minutes on two cores
+align: $(READY)  ## the whole recipe on the small base, and a table of all its models: half an hour on two busy cores
 	@OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j 2 $(MADE:%=$(A)/%/model)
 	@$(PY) -m solar.recipe $(A)
 
