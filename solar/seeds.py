@@ -131,7 +131,7 @@ def _first_reason(path: Path, bad: BadRows) -> str:
 def _seed(row: Row) -> Seed:
     question, answer = text_fields(row.value, next((shape for shape in SHAPES if _has(row.value, shape)), ()))
     if isinstance(more := row.value.get("input"), str) and more.strip() and "instruction" in row.value:
-        question = f"{question}\n{more.strip()}"
+        question = f"{question}\n\n{more.strip()}"  # as solar/chats.py joins them
     answer = CALCULATOR.sub("", answer)
     if (final := extract_answer(answer)) is None:
         raise ValueError(f'no final answer ("#### 42", "Answer: 42", "The answer is 42") in {answer[-60:]!r}')

@@ -93,7 +93,7 @@ def test_all_shapes_are_read_and_calculator_marks_removed(write):
     expected = [
         Seed("Half of 48?", "48/2 = 24\n#### 24", "24"),
         Seed("q", "1 + 1 = 2\nThe answer is: 2", "2"),
-        Seed("i\nmore", "So. Answer: 3.0", "3.0"),
+        Seed("i\n\nmore", "So. Answer: 3.0", "3.0"),
         Seed("i", "Answer: 3", "3"),
     ]
     for name in ("a.jsonl", "a.json"):
