@@ -64,11 +64,11 @@ def step_of(config: ModelConfig, world: dist.World, batch: int, length: int):
     return model, optimizer, take
 
 
-def seconds_of(call, times: int = 5) -> float:
-    """The median of a few calls, after one to warm up."""
+def seconds_of(call) -> float:
+    """The median of five calls after one to warm up, or of three where one takes more than ten seconds."""
     call()
     taken = []
-    for _ in range(times):
+    while len(taken) < (3 if taken and taken[0] > 10 else 5):
         start = time.perf_counter()
         call()
         taken.append(time.perf_counter() - start)
