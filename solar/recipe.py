@@ -1,6 +1,7 @@
 """The whole recipe in miniature (`make align`), measured: every model of it, beside what the paper says of its own.
 
     python -m solar.recipe out/align                      each folder NAME/model of these, in the order of MODELS
+    python -m solar.recipe out/align --only sft-v1        asks this one alone; what it answered is kept for the table
 
 Each model gets the same held-out questions, greedily, through the chat template once it has learned that: arithmetic
 problems (solar/problems.py) of which the final answer counts, and small instructions (solar/instructions.py) of which
@@ -9,6 +10,7 @@ Whether an ordering of the paper shows is decided by the paired difference of tw
 its 95% interval lies above zero, contradicted if below, otherwise not shown at this size.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -22,8 +24,9 @@ import numpy as np
 import torch
 
 from solar import cli, instructions, problems
-from solar.checkpoint import load_model
+from solar.checkpoint import CheckpointReader, load_model
 from solar.sampling import generate
+from solar.shards import fingerprint
 from solar.tokenizer import TEMPLATES, Tokenizer, encode_prompt, end_ids
 
 LONGEST_REPLY = 96  # tokens
@@ -117,16 +120,46 @@ def distinct(stream: Iterator, question: Callable, count: int) -> list:
     return list(found.values())
 
 
+def held_out(count: int, seed: int) -> tuple[list[problems.Problem], list[instructions.Task]]:
+    """`count` problems and as many instructions, of which no training set made with any seed holds one."""
+    return (
+        distinct(problems.generate(seed, "heldout"), problems.prompt, count),
+        distinct(instructions.generate(seed, "heldout"), instructions.question, count),
+    )
+
+
 def examine(model_dir: Path, count: int, template: str | None, seed: int) -> Marks:
     """Ask `count` held-out problems and as many held-out instructions."""
-    asked = distinct(problems.generate(seed, "heldout"), problems.prompt, count)
-    tasks = distinct(instructions.generate(seed, "heldout"), instructions.question, count)
+    asked, tasks = held_out(count, seed)
     questions = [problems.prompt(problem) for problem in asked] + [instructions.question(task) for task in tasks]
     written = replies(model_dir, questions, template)
     final = [(problems.extract_answer(text), ended) for text, ended in written[:count]]
     right = [answer == problem.answer for (answer, _), problem in zip(final, asked, strict=True)]
     done = [text.strip() == task.answer for (text, _), task in zip(written[count:], tasks, strict=True)]
     return Marks(np.array(right), np.array(done), sum(ended and answer is not None for answer, ended in final) / count)
+
+
+def examined(folder: Path, count: int, template: str | None, seed: int) -> Marks:
+    """The marks of folder/model. They are kept in folder/marks.json, and taken from there while the model, its
+    tokenizer, the template and the questions are those that the file names."""
+    model_dir, path = folder / "model", folder / "marks.json"
+    asked = json.dumps(held_out(count, seed)).encode()
+    key = {
+        "model": CheckpointReader(model_dir).fingerprint(whole=True),
+        "tokenizer": fingerprint(Tokenizer(model_dir))[:16],
+        "template": template,
+        "questions": hashlib.sha256(asked).hexdigest()[:16],
+    }
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept.pop("of") == key:
+            return Marks(np.array(kept["problems"]), np.array(kept["tasks"]), kept["format"])
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        pass  # none yet, or cut off: asked again
+    marks = examine(model_dir, count, template, seed)
+    kept = {"of": key, "problems": marks.problems.tolist(), "tasks": marks.tasks.tolist(), "format": marks.format}
+    path.write_text(json.dumps(kept) + "\n", encoding="utf-8")
+    return marks
 
 
 def difference(better: Marks, worse: Marks) -> tuple[float, float]:
@@ -167,6 +200,7 @@ def table(marks: dict[str, Marks]) -> str:
 @dataclass
 class Options:
     folder: list[str] = cli.flag(positional=True, metavar="DIR", help="folder that holds the models, as NAME/model")
+    only: list[str] = cli.flag([], help="ask these models alone, and print no table", metavar="NAME")
     count: int = cli.flag(120, help="problems, and instructions, to ask each model")
     seed: int = cli.flag(1, help="of the questions")
     template: str = cli.flag("solar", help=f"how they are asked: {', '.join(TEMPLATES)}")
@@ -179,14 +213,22 @@ def main() -> None:
     if options.count < 2:
         raise ValueError(f"--count {options.count}: at least 2 questions are needed")
     folder = Path(options.folder[0])
+    if unknown := sorted(set(options.only) - {row.name for row in MODELS}):
+        raise ValueError(f"--only {unknown[0]}: no model of the recipe; it has {', '.join(row.name for row in MODELS)}")
     rows = [row for row in MODELS if (folder / row.name / "model/config.json").is_file()]
+    if options.only and (missing := sorted(set(options.only) - {row.name for row in rows})):
+        raise FileNotFoundError(f"{folder / missing[0] / 'model'}: no model in it; `make {folder / missing[0]}/model`")
     if not rows:
         raise FileNotFoundError(f"{folder}: no model of the recipe in it, such as {folder / MODELS[0].name / 'model'}")
     marks = {}
     for row in rows:
+        if options.only and row.name not in options.only:
+            continue
         template = options.template if row.chat else None
-        marks[row.name] = examine(folder / row.name / "model", options.count, template, options.seed)
+        marks[row.name] = examined(folder / row.name, options.count, template, options.seed)
         print(f"{row.name:<10} {marks[row.name].score:6.1%}", flush=True)
+    if options.only:
+        return
     report = {
         name: {
             "problems": mark.problems.mean(), "tasks": mark.tasks.mean(), "format": mark.format, "score": mark.score,

@@ -1,10 +1,15 @@
 """The table of the recipe's models: exact marks of models that are known, and verdicts that follow from intervals."""
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from solar import instructions, problems, recipe
 from solar.recipe import Marks, difference, table, verdict
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def marks(right: float, done: float, count: int = 400) -> Marks:
@@ -59,6 +64,40 @@ def test_marks_are_those_of_the_replies(monkeypatch):
     found = recipe.examine("model", 10, "solar", 1)
     assert found.problems.tolist() == found.tasks.tolist() == [True, False] * 5
     assert (found.format, found.score) == (0.5, 0.5)
+
+
+def test_marks_are_kept_for_the_model_and_the_questions_that_gave_them(tmp_path, monkeypatch):
+    asked = []
+
+    def examine(model_dir, count, template, seed):
+        asked.append((count, template, seed))
+        return Marks(np.array([True, False]), np.array([False, False]), 0.25)
+
+    monkeypatch.setattr(recipe, "examine", examine)
+    shutil.copytree(ROOT / "solar/assets/base", tmp_path / "model")
+    first = recipe.examined(tmp_path, 3, "solar", 1)
+    again = recipe.examined(tmp_path, 3, "solar", 1)
+    assert len(asked) == 1
+    assert (again.problems.tolist(), again.tasks.tolist(), again.format) == ([True, False], [False, False], 0.25)
+    assert again.score == first.score
+    recipe.examined(tmp_path, 4, "solar", 1)
+    recipe.examined(tmp_path, 4, "alpaca", 1)
+    recipe.examined(tmp_path, 4, "alpaca", 2)
+    (tmp_path / "marks.json").write_text((tmp_path / "marks.json").read_text()[:-9])  # cut off
+    recipe.examined(tmp_path, 4, "alpaca", 2)
+    weights = tmp_path / "model/model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    recipe.examined(tmp_path, 4, "alpaca", 2)
+    assert len(asked) == 6
+
+
+def test_one_model_alone(tmp_path, monkeypatch):
+    for arguments, kind in ((["--only", "sft-v9"], ValueError), (["--only", "sft-v1"], FileNotFoundError)):
+        monkeypatch.setattr("sys.argv", ["recipe", str(tmp_path), *arguments])
+        with pytest.raises(kind, match=arguments[1]):
+            recipe.main()
 
 
 def test_no_question_is_asked_twice():
