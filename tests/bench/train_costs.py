@@ -159,17 +159,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.train_costs", description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["sizes", "lengths", "save", "start"])
     parser.add_argument("--model", help="for start: a checkpoint of about 2 GB", metavar="DIR")
-    parser.add_argument("--most", default="200M", choices=SIZES, help="for sizes: the largest to take")
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES, help="for sizes: which")
     options = parser.parse_args()
     if options.what == "start":
         start(options.model)
         return
     world = dist.setup("cpu")
     if options.what == "sizes":
-        for size in SIZES:
+        for size in options.sizes:
             print(row(size, 8, 256, world), flush=True)
-            if size == options.most:
-                break
     elif options.what == "lengths":
         for length in LENGTHS:
             print(row("8M", max(8192 // length, 1), length, world), flush=True)
