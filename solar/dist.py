@@ -23,7 +23,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from solar import cli
-from solar.checkpoint import CheckpointReader
+from solar.directory import CheckpointReader
+from solar.elements import elements
 from solar.model import Transformer
 
 TIMEOUT = timedelta(minutes=60)  # of a collective: rank 0 may be hashing a checkpoint of a terabyte meanwhile
@@ -174,21 +175,13 @@ def _keep_products():
 
 @torch.no_grad()
 def load_weights(model: Transformer, reader: CheckpointReader, world: World) -> None:
-    """Fill a sharded model from a checkpoint, in place: each rank reads its own rows of each tensor and no others.
-
-    (A tensor of a Mistral release whose rows must be reordered is read whole: still one tensor at a time.)
-    """
+    """Fill a sharded model from a checkpoint, in place: each rank reads its own rows of each tensor and no others."""
     for name, parameter in model.named_parameters():
-        weight = reader.weights[name]
         part = parameter.to_local()
         start, stop = rows_of(parameter.shape[0], world)
         assert stop - start == part.shape[0], f"{name}: rows {start}-{stop}, the shard has {part.shape[0]}"
         width = math.prod(parameter.shape[1:])
-        if weight.rotary_heads is None:
-            values = weight.stored.read(start * width, stop * width)
-        else:
-            values = weight.reorder(weight.stored.read(0, weight.stored.numel).view(parameter.shape))[start:stop]
-        part.copy_(values.view(part.shape))
+        part.copy_(elements(reader.weights[name], start * width, stop * width).view(part.shape))
 
 
 def rows_of(rows: int, world: World) -> tuple[int, int]:

@@ -27,19 +27,20 @@ import torch
 from torch import Tensor
 
 from solar import cli
-from solar.checkpoint import (
+from solar.config import ModelConfig
+from solar.directory import (
     DEFAULT_MAX_SHARD_BYTES,
     CheckpointReader,
     Weight,
     check_room,
     companions_of,
     copy_companions,
-    parse_dtype,
+    dtype_name,
     verify_written,
     write_config,
 )
-from solar.config import ModelConfig
-from solar.tensorfile import Target, TensorToWrite, parse_json, side_by_side, spans, write_shards
+from solar.elements import cast, elements, side_by_side
+from solar.tensorfile import Target, TensorToWrite, parse_json, spans, write_shards
 
 NEARLY_PARALLEL = 0.9995  # beyond this cosine, of either sign, an angle says too little: interpolation becomes linear
 BLOCK = 1 << 16  # elements that are multiplied in fp64 at a time: two such blocks stay in a cache
@@ -207,7 +208,8 @@ class Mixture:
 
     def measure(self, run: Callable = starmap) -> None:
         """Of `slerp`: a first pass over both tensors."""
-        products = dot_products(*(weight.elements for weight in self.weights), self.weights[0].stored.numel, run)
+        readers = (partial(elements, weight) for weight in self.weights)
+        products = dot_products(*readers, self.weights[0].stored.numel, run)
         for weight, square in zip(self.weights, products, strict=False):
             if not math.isfinite(square):
                 raise self._not_finite(weight)
@@ -215,7 +217,7 @@ class Mixture:
 
     def make(self, start: int, stop: int) -> Tensor:
         """Elements start..stop-1 of the merged tensor, in fp32. ValueError if they are not finite."""
-        parts = [weight.elements(start, stop) for weight in self.weights]
+        parts = [elements(weight, start, stop) for weight in self.weights]
         if self.method == "slerp":
             if self.factors == ():
                 self.measure()
@@ -253,7 +255,7 @@ class Merging:
     def describe(self) -> str:
         """The models, which weights or t each layer gets, parameters, bytes, and what stays the first's."""
         lines = [
-            f"{'' if i else 'models':<12}{reader.path} ({reader.layout}, {str(reader.dtype).removeprefix('torch.')})"
+            f"{'' if i else 'models':<12}{reader.path} ({reader.layout}, {reader.dtype})"
             for i, reader in enumerate(self.readers)
         ]
         lines += [f"method      {self.method}, {_show(self.amount)}" + (" and rules" if self.rules else "")]
@@ -325,7 +327,7 @@ def prepare(
         raise ValueError("weights are for average, t is for slerp")
     given, default = (t, 0.5) if method == "slerp" else (weights, [1] * len(model_dirs))
     amount = parse_amount(method, default if given is None else given, len(model_dirs))
-    dtype = parse_dtype(dtype)
+    dtype = dtype_name(dtype)
     readers = [CheckpointReader(path) for path in model_dirs]
     first = readers[0]
     problems, notes = _differences(first, readers[1:])
@@ -341,12 +343,12 @@ def prepare(
         amounts = assign(parse_rules(rules, method, len(readers)), list(shapes), amount)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-    config = first.config if dtype is None else replace(first.config, torch_dtype=str(dtype).removeprefix("torch."))
+    config = first.config if dtype is None else replace(first.config, torch_dtype=dtype)
     mixtures, targets = {}, []
     for name, shape in shapes.items():
         mixtures[name] = Mixture(name, tuple(reader.weights[name] for reader in readers), method, amounts[name])
-        stored = first.weights[name].stored
-        targets.append(Target(name, shape, dtype or stored.dtype, mixtures[name].make))
+        written_as = dtype or first.weights[name].dtype
+        targets.append(Target(name, shape, written_as, cast(name, written_as, mixtures[name].make)))
     return Merging(readers, method, amount, rules, mixtures, config, targets, notes)
 
 
@@ -393,7 +395,7 @@ def carry_out(merging: Merging, out: Path, max_shard_bytes: int, verify: str, fo
         copy_companions(merging.readers[0].path, staging)
         (staging / "merge.json").write_text(json.dumps(_record(merging), indent=1) + "\n", encoding="utf-8")
         write_config(staging, merging.config)
-        verify_written(staging, merging.config, merging.targets, whole=verify == "full")
+        verify_written(staging, merging.config, merging.targets, verify == "full", merging.readers)
 
 
 def _record(merging: Merging) -> dict:

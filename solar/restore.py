@@ -13,11 +13,12 @@ from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 
 from solar import cli
-from solar.checkpoint import DEFAULT_MAX_SHARD_BYTES, copy_companions, parse_dtype, write_config
 from solar.config import ModelConfig
+from solar.directory import DEFAULT_MAX_SHARD_BYTES, copy_companions, dtype_name, write_config
+from solar.elements import write_bytes
 from solar.manifest import read_manifest, read_metadata, verify
 from solar.optim import local
-from solar.tensorfile import TensorToWrite, parse_json, write_bytes, write_shards
+from solar.tensorfile import TensorToWrite, parse_json, write_shards
 
 PLAN = "upscale.json"  # of a grown model: which of its layers are new
 UNFLATTENED = {"flatten_state_dict": False, "flatten_sharded_tensors": False}  # for DCP: names are names already
@@ -119,7 +120,7 @@ def export(step_dir: str | Path, out: str | Path, dtype: str | torch.dtype | Non
     dtype: None keeps the one that was trained in. Tokenizer files and upscale.json go along. Needs no process group.
     Raises what `verify` raises, FileExistsError as `save_model` does, ValueError for a value that dtype cannot hold.
     """
-    step_dir, dtype = Path(step_dir), parse_dtype(dtype)
+    step_dir, dtype = Path(step_dir), dtype_name(dtype)
     cli.check_output(Path(out), force)
     verify(step_dir)
     metadata = read_metadata(step_dir, read_manifest(step_dir))
@@ -135,16 +136,16 @@ def export(step_dir: str | Path, out: str | Path, dtype: str | torch.dtype | Non
         def write(file, name=name, shape=shape, stored=stored) -> None:
             tensor = torch.empty(shape, dtype=stored)
             _read(step_dir, metadata, {f"model.{name}": tensor})
-            cast = tensor.to(dtype or stored)
+            cast = tensor.to(getattr(torch, dtype) if dtype else stored)
             if not cast.isfinite().all():
                 raise ValueError(f"{name}: values up to {tensor.abs().max():.4g} do not fit {dtype}; use bfloat16")
             write_bytes(file, cast)
 
-        tensors.append(TensorToWrite(name, shape, dtype or stored, write))
+        tensors.append(TensorToWrite(name, shape, dtype or str(stored).removeprefix("torch."), write))
     with cli.publish(Path(out), force) as staging:
         write_shards(staging, tensors, DEFAULT_MAX_SHARD_BYTES)
         copy_companions(step_dir, staging)
         if (step_dir / PLAN).is_file():
             shutil.copyfile(step_dir / PLAN, staging / PLAN)
-        write_config(staging, replace(config, torch_dtype=str(tensors[0].dtype).removeprefix("torch.")))
+        write_config(staging, replace(config, torch_dtype=tensors[0].dtype))
     return Path(out)

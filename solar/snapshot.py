@@ -38,9 +38,9 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from solar import cli, restore
 from solar.agree import agree
-from solar.checkpoint import companions_of, write_config
 from solar.cli import fsync, lock, open_directory
 from solar.config import ModelConfig
+from solar.directory import companions_of, write_config
 from solar.manifest import FORMAT, seal, seems_whole, verify
 from solar.optim import local
 from solar.restore import PLAN, UNFLATTENED, parameter_names

@@ -8,46 +8,45 @@ Two containers are read, and both come down to the same: a file, an offset, a sh
   code, in fake mode, which allocates nothing.
 
 Files come from strangers. A header is bounded, must be consistent and must cover its file exactly; else ValueError.
+
+Only bytes are moved here, and torch is imported for its own container alone: that import takes seconds and 146 MB, more
+than all else of an up-scaling. `solar/elements.py` makes tensors of the bytes.
 """
 
-import contextlib
 import itertools
 import json
 import math
-import mmap
 import struct
-import sys
 import zipfile
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
-
-import torch
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own bound
 MAX_RANK = 64  # torch's own bound
 CHUNK_BYTES = 1 << 20  # what is computed from a chunk, in fp32, stays in a cache
 SAMPLE = 2048  # elements at the start, the middle and the end of a tensor that a quick comparison takes
 
+# safetensors' name -> torch's name, by which a dtype is known here, and the bytes of an element.
 DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
+    "BF16": ("bfloat16", 2),
+    "F16": ("float16", 2),
+    "F32": ("float32", 4),
+    "F64": ("float64", 8),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "BOOL": ("bool", 1),
+    "U8": ("uint8", 1),
+    "I8": ("int8", 1),
+    "I16": ("int16", 2),
+    "I32": ("int32", 4),
+    "I64": ("int64", 8),
 }
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, (dtype, _) in DTYPES.items()}
+ITEMSIZES = dict(DTYPES.values())
 
 
 @dataclass(frozen=True)
@@ -57,22 +56,24 @@ class StoredTensor:
     path: Path
     offset: int
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: str
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
 
     @property
-    def nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
+    def itemsize(self) -> int:
+        return ITEMSIZES[self.dtype]
 
-    def read(self, start: int, stop: int) -> torch.Tensor:
-        """Elements start..stop-1 of the flattened tensor, in memory of their own. OSError if the file is too short."""
-        buffer = bytearray((stop - start) * self.dtype.itemsize)
-        view = memoryview(buffer)
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.itemsize
+
+    def read_into(self, view: memoryview, start: int) -> None:
+        """Fill `view`, of bytes, from element `start` of the flattened tensor on. OSError if the file is too short."""
         with open(self.path, "rb", buffering=0) as file:
-            file.seek(self.offset + start * self.dtype.itemsize)
+            file.seek(self.offset + start * self.itemsize)
             while view:
                 try:
                     count = file.readinto(view)
@@ -82,19 +83,17 @@ class StoredTensor:
                 if count == 0:
                     raise OSError(f"{self.path}: ends at byte {file.tell()}, in the middle of a tensor")
                 view = view[count:]
-        return torch.frombuffer(buffer, dtype=self.dtype) if buffer else torch.empty(0, dtype=self.dtype)
 
-    def chunks(self) -> Iterator[torch.Tensor]:
-        """The flattened tensor in pieces of at most CHUNK_BYTES."""
-        for start, stop in spans(self.numel, self.dtype.itemsize):
+    def read(self, start: int, stop: int) -> bytearray:
+        """The bytes of elements start..stop-1 of the flattened tensor. Raises as `read_into` does."""
+        data = bytearray((stop - start) * self.itemsize)
+        self.read_into(memoryview(data), start)
+        return data
+
+    def chunks(self) -> Iterator[bytearray]:
+        """The bytes of the tensor in pieces of at most CHUNK_BYTES."""
+        for start, stop in spans(self.numel, self.itemsize):
             yield self.read(start, stop)
-
-    def view(self, mapped: torch.Tensor) -> torch.Tensor:
-        """This tensor as a view of `map_file(self.path)`, or as a copy where the file does not align it."""
-        raw = mapped[self.offset : self.offset + self.nbytes]
-        if self.offset % self.dtype.itemsize:
-            raw = raw.clone()
-        return raw.view(self.dtype).view(self.shape)
 
 
 def spans(numel: int, itemsize: int, whole: bool = True) -> Iterator[tuple[int, int]]:
@@ -105,42 +104,6 @@ def spans(numel: int, itemsize: int, whole: bool = True) -> Iterator[tuple[int, 
     else:
         last = max(numel - SAMPLE, 0)
         yield from ((at, min(at + SAMPLE, numel)) for at in sorted({0, last // 2, last}))
-
-
-@contextlib.contextmanager
-def side_by_side() -> Iterator[Callable]:
-    """An `itertools.starmap` that works on a few items at once, one on each of torch's threads; results in order.
-
-    Within an operator on a chunk, threads would wait for each other after a fraction of a millisecond's work; and what
-    one thread sums up alone does not depend on their number.
-    """
-    workers = torch.get_num_threads()
-
-    def run(function, items):
-        waiting: deque[Future] = deque()
-        for item in items:
-            waiting.append(pool.submit(function, *item))
-            if len(waiting) > workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-    try:
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield run
-    finally:
-        torch.set_num_threads(workers)
-
-
-def map_file(path: Path) -> torch.Tensor:
-    """The bytes of a file, memory-mapped: read when touched; what is written to them never reaches the file."""
-    # Writable and private means copied where written, so Linux would reserve memory for all of it, and refuse a file
-    # that is larger than the memory, unless told not to. (Python names the flag from 3.13 on.)
-    flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
-    with open(path, "rb") as file:
-        return torch.frombuffer(
-            mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE), dtype=torch.uint8
-        )
 
 
 # ------------------------------------------------------------------------------------------------ reading
@@ -198,7 +161,7 @@ def read_safetensors_header(path: Path) -> dict[str, StoredTensor]:
         numbers = [*shape, begin, end]  # of type int exactly: JSON's true and false are bools, and those count as ints
         if not all(type(n) is int and 0 <= n < 2**48 for n in numbers) or begin > end or len(shape) > MAX_RANK:
             raise ValueError(f"{path}: {name}: malformed shape {str(shape)[:100]} or offsets [{begin}, {end}]")
-        tensors[name] = tensor = StoredTensor(path, 8 + length + begin, tuple(shape), DTYPES[dtype])
+        tensors[name] = tensor = StoredTensor(path, 8 + length + begin, tuple(shape), DTYPES[dtype][0])
         if tensor.nbytes != end - begin:
             raise ValueError(
                 f"{path}: {name}: {dtype} {shape} takes {tensor.nbytes} bytes, the header gives it {end - begin}"
@@ -215,7 +178,8 @@ def read_safetensors_header(path: Path) -> dict[str, StoredTensor]:
 
 def read_torch_archive(path: Path) -> dict[str, StoredTensor]:
     """Name -> place of every tensor in a state dict that `torch.save` wrote. Raises ValueError as above."""
-    from torch._subclasses.fake_tensor import FakeTensorMode  # takes half a second, and only this container needs it
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
 
     with open(path, "rb") as file:
         try:
@@ -249,7 +213,10 @@ def read_torch_archive(path: Path) -> dict[str, StoredTensor]:
             raise ValueError(
                 f"{path}: {name} is not where it should be: damaged, or packed again; load and save it again"
             )
-        tensors[name] = StoredTensor(path, start + skipped, tuple(tensor.shape), tensor.dtype)
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if dtype not in ITEMSIZES:
+            raise ValueError(f"{path}: {name}: dtype {dtype} is not one of {', '.join(ITEMSIZES)}")
+        tensors[name] = StoredTensor(path, start + skipped, tuple(tensor.shape), dtype)
     return tensors
 
 
@@ -281,62 +248,45 @@ class TensorToWrite:
 
     name: str
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: str
     write: Callable[[FileIO], None]
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        return math.prod(self.shape) * ITEMSIZES[self.dtype]
 
 
 @dataclass(frozen=True)
 class Target:
-    """A tensor to write of which any part can be made, and made again: `make(start, stop)` gives elements start..stop-1
-    of the flattened tensor, before the cast to the dtype that it is written in."""
+    """A tensor to write of which any part can be made, and made again: `make(start, stop)` gives the bytes of elements
+    start..stop-1 of the flattened tensor."""
 
     name: str
     shape: tuple[int, ...]
-    dtype: torch.dtype
-    make: Callable[[int, int], torch.Tensor]
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
+    dtype: str
+    make: Callable[[int, int], bytearray | memoryview]
 
     @property
     def nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
-
-    def elements(self, start: int, stop: int) -> torch.Tensor:
-        """Elements start..stop-1 as they are written. ValueError naming the tensor if the cast overflows."""
-        made = self.make(start, stop)
-        cast = made.to(self.dtype)
-        finite = cast is made or cast.abs().max().isfinite()  # quick, and nearly always true
-        if not finite and bool((cast.isinf() & ~made.isinf()).any()):
-            raise ValueError(f"{self.name}: values up to {made.abs().max():.4g} do not fit {self.dtype}; use bfloat16")
-        return cast
+        return math.prod(self.shape) * ITEMSIZES[self.dtype]
 
     def spans(self, whole: bool = True) -> Iterator[tuple[int, int]]:
-        return spans(self.numel, self.dtype.itemsize, whole)
+        return spans(math.prod(self.shape), ITEMSIZES[self.dtype], whole)
 
     def writer(self, advance: Callable[[int], None], run: Callable = itertools.starmap) -> Callable[[FileIO], None]:
         """What writes the tensor in constant memory, and reports the bytes of each piece to `advance`."""
 
         def write(file: FileIO) -> None:
-            for piece in run(self.elements, self.spans()):
-                write_bytes(file, piece)
-                advance(piece.nbytes)
+            for piece in run(self.make, self.spans()):
+                write_all(file, memoryview(piece))
+                advance(len(piece))
 
         return write
 
 
-def write_bytes(file: FileIO, tensor: torch.Tensor) -> None:
-    """The bytes of a CPU tensor, row-major, to an unbuffered file."""
-    _write_all(file, memoryview(tensor.detach().contiguous().flatten().view(torch.uint8).numpy()))
-
-
-def _write_all(file: FileIO, data: memoryview) -> None:
-    while data:  # an unbuffered write may end early, without an error
+def write_all(file: FileIO, data: memoryview) -> None:
+    """Bytes to an unbuffered file, whose write may end early, without an error."""
+    while data:
         data = data[file.write(data) :]
 
 
@@ -351,7 +301,7 @@ def write_safetensors(path: Path, tensors: list[TensorToWrite]) -> None:
     encoded += b" " * (-len(encoded) % 8)  # so that the data begins aligned
     try:
         with open(path, "xb", buffering=0) as file:
-            _write_all(file, memoryview(len(encoded).to_bytes(8, "little") + encoded))
+            write_all(file, memoryview(len(encoded).to_bytes(8, "little") + encoded))
             end = file.tell()
             for tensor in tensors:
                 tensor.write(file)

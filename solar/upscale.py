@@ -1,7 +1,8 @@
 """Depth up-scaling from disk to disk: `python -m solar.upscale --model DIR --out DIR --plan dus:8`.
 
 A plan moves whole tensors, so most of the work is copying byte ranges from the base's files into new ones, in constant
-memory. Everything is checked before the first byte is written; the result is read again before it gets its name.
+memory, and without torch unless a cast is asked for. Everything is checked before the first byte is written; the result
+is read again before it gets its name.
 """
 
 import contextlib
@@ -11,25 +12,25 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from io import FileIO
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from solar import cli
 from solar import plan as plans
-from solar.checkpoint import (
+from solar.config import ModelConfig
+from solar.directory import (
     DEFAULT_MAX_SHARD_BYTES,
     CheckpointReader,
+    Weight,
     check_room,
     copy_companions,
-    parse_dtype,
+    dtype_name,
     verify_written,
     write_config,
 )
-from solar.config import ModelConfig
-from solar.tensorfile import CHUNK_BYTES, StoredTensor, Target, TensorToWrite, write_shards
+from solar.tensorfile import CHUNK_BYTES, ITEMSIZES, StoredTensor, Target, TensorToWrite, write_shards
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Upscaling:
             if (old := getattr(base, name)) != (new := getattr(grown, name)):
                 changes.append(f"{name} {old} -> {new}")
         lines = [
-            f"base        {self.reader.path} ({self.reader.layout}, {str(self.reader.dtype).removeprefix('torch.')})",
+            f"base        {self.reader.path} ({self.reader.layout}, {self.reader.dtype})",
             f"plan        {self.plan_text or 'a list'}: {base.num_hidden_layers} -> {grown.num_hidden_layers} layers",
             plans.layer_table(self.plan),
             f"new layers  {len(plans.new_layers(self.plan))}, seams {len(plans.seams(self.plan))}",
@@ -73,17 +74,18 @@ class Upscaling:
 
 
 def prepare(
-    model_dir: str | Path, plan: str | plans.Plan, dtype: str | torch.dtype | None = None, model_type: str = "llama"
+    model_dir: str | Path, plan: str | plans.Plan, dtype: str | None = None, model_type: str = "llama"
 ) -> Upscaling:
-    """Check the base and lay out the grown model. Raises as CheckpointReader and parse_plan do; writes nothing."""
+    """Check the base and lay out the grown model. Raises as CheckpointReader, parse_plan and dtype_name do; writes
+    nothing."""
     reader = CheckpointReader(model_dir)
     depth = reader.config.num_hidden_layers
     text = plan if isinstance(plan, str) else None
     plan = plans.parse_plan(plan, depth) if isinstance(plan, str) else plans.from_json(plans.to_json(plan), depth)
     config = reader.config.with_depth(len(plan), model_type)
-    dtype = parse_dtype(dtype)
+    dtype = dtype_name(dtype)
     if dtype is not None:
-        config = replace(config, torch_dtype=str(dtype).removeprefix("torch."))
+        config = replace(config, torch_dtype=dtype)
     targets, copied = [], {}
     for name, shape in config.tensor_shapes().items():
         base_name, zero = name, False
@@ -93,21 +95,31 @@ def prepare(
             base_name = f"model.layers.{source.layer}.{inner}"
             zero = source.init == "identity" and inner.rpartition(".")[0] in plans.ZEROED_IN_IDENTITY
         weight = reader.weights[base_name]
-        targets.append(Target(name, shape, dtype or weight.stored.dtype, _zeros if zero else weight.elements))
-        if not zero and weight.rotary_heads is None and weight.stored.dtype == targets[-1].dtype:
+        written_as = dtype or weight.dtype
+        make = _zeros(written_as) if zero else _maker(weight, name, written_as)
+        targets.append(Target(name, shape, written_as, make))
+        if not zero and weight.rotary_heads is None and weight.dtype == written_as:
             copied[name] = weight.stored
     return Upscaling(reader, text, plan, config, targets, copied)
 
 
-def _zeros(start: int, stop: int) -> torch.Tensor:
-    return torch.zeros(stop - start)
+def _maker(weight: Weight, name: str, dtype: str) -> Callable[[int, int], bytearray | memoryview]:
+    if weight.dtype == dtype:
+        return weight.read
+    from solar.elements import cast, elements  # imports torch, which nothing else here needs
+
+    return cast(name, dtype, partial(elements, weight))
+
+
+def _zeros(dtype: str) -> Callable[[int, int], bytearray]:
+    return lambda start, stop: bytearray((stop - start) * ITEMSIZES[dtype])
 
 
 def upscale(
     model_dir: str | Path,
     out_dir: str | Path,
     plan: str | plans.Plan,
-    dtype: str | torch.dtype | None = None,
+    dtype: str | None = None,
     model_type: str = "llama",
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
     verify: Literal["quick", "full"] = "quick",
@@ -115,9 +127,9 @@ def upscale(
 ) -> Path:
     """Grow the model in model_dir by a plan (text of `solar.plan.GRAMMAR`, or a list) and write it to out_dir.
 
-    Bytes are copied as they are stored; only `dtype` asks for a cast. Raises FileNotFoundError or ValueError for a base
-    or a plan that is not right, FileExistsError for an output in the way, OSError for a disk that is full: in every
-    case the output is what it was before.
+    Bytes are copied as they are stored; only `dtype` (a name, or torch's) asks for a cast. Raises FileNotFoundError or
+    ValueError for a base or a plan that is not right, ValueError too for a base that changes meanwhile, FileExistsError
+    for an output in the way, OSError for a disk that is full: in every case the output is what it was before.
     """
     upscaling = prepare(model_dir, plan, dtype, model_type)
     carry_out(upscaling, Path(out_dir), max_shard_bytes, verify, force)
@@ -144,7 +156,7 @@ def carry_out(upscaling: Upscaling, out: Path, max_shard_bytes: int, verify: str
         copy_companions(upscaling.reader.path, staging)
         (staging / "upscale.json").write_text(json.dumps(_record(upscaling), indent=1) + "\n", encoding="utf-8")
         write_config(staging, upscaling.config)
-        verify_written(staging, upscaling.config, upscaling.targets, whole=verify == "full")
+        verify_written(staging, upscaling.config, upscaling.targets, verify == "full", [upscaling.reader])
 
 
 def _record(upscaling: Upscaling) -> dict:

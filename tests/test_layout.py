@@ -15,7 +15,10 @@ LAYERS = {
         "config", "plan", "cli", "tokenizer", "tensorfile", "losses", "optim", "problems", "permutation", "tally",
         "chats", "rows",
     ],
-    1: ["model", "meter", "corpus", "tokens", "packing", "logps", "seeds", "instructions", "agree"],
+    1: [
+        "model", "meter", "corpus", "tokens", "packing", "logps", "seeds", "instructions", "agree",
+        "directory", "elements",
+    ],
     2: ["checkpoint", "shards", "rephrase", "contamination", "manifest"],
     3: ["upscale", "merge", "sampling", "data", "dist", "restore", "examples"],
     4: ["base", "analyze", "packed", "reference", "mathdata", "snapshot"],

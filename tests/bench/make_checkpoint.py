@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 
 from solar import cli
-from solar.checkpoint import DEFAULT_MAX_SHARD_BYTES, write_config
 from solar.config import MISTRAL_7B
-from solar.tensorfile import TensorToWrite, write_bytes, write_shards
+from solar.directory import DEFAULT_MAX_SHARD_BYTES, write_config
+from solar.elements import write_bytes
+from solar.tensorfile import TensorToWrite, write_shards
 
 
 @dataclass
@@ -40,7 +41,7 @@ def main() -> None:
     tensors = []
     for name, shape in config.tensor_shapes().items():
         numel = torch.Size(shape).numel()
-        tensors.append(TensorToWrite(name, shape, torch.bfloat16, lambda file, n=name, k=numel: write(file, n, k)))
+        tensors.append(TensorToWrite(name, shape, "bfloat16", lambda file, n=name, k=numel: write(file, n, k)))
     with cli.publish(Path(options.out)) as staging:
         write_shards(staging, tensors, DEFAULT_MAX_SHARD_BYTES)
         if options.tokenizer:
