@@ -6,7 +6,7 @@ The reading order of this repository:
 2.  `kernels/`             what each layer computes: formula first, then the fast forms
 3.  `solar/model.py`       one forward pass, in one file
 4.  `solar/plan.py`        depth up-scaling as data: which layer of the base stands where
-5.  `solar/checkpoint.py`  model directories: names, layouts, reading lazily, writing safely
+5.  `solar/directory.py`   model directories: names, layouts, checks; `solar/checkpoint.py` makes models of them
 6.  `solar/upscale.py`     one streaming copy that carries out a plan
 7.  `solar/tokenizer.py`   text to ids and back; prompt templates
 8.  `solar/sampling.py`    prefill, decode, choose

@@ -9,11 +9,13 @@ Everything about a directory is checked before the first weight is used, and eve
 here needs torch, except for the files that torch wrote: see solar/tensorfile.py.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -115,8 +117,8 @@ class CheckpointReader:
 
         self._problems: list[str] = []
         self._unread = 0  # files; what they hold is not known, so neither is what is missing
-        self._stamps: dict[Path, tuple[int, ...]] = {}
         self.files = self._read_index(index) if isinstance(index, Path) else dict.fromkeys(index)
+        self._states = {file: _state(self.path / file) for file in (config_file.name, *self.files)}
         stored = self._read_headers()
         self.weights = self._name(stored)
         self._check()
@@ -144,11 +146,20 @@ class CheckpointReader:
                 digest.update(part)
         return digest.hexdigest()[:16]
 
-    def check_unchanged(self) -> None:
-        """ValueError if one of the files is no longer what it was when it was checked: replaced, or written to."""
-        for path, stamp in self._stamps.items():
-            if not path.is_file() or _stamp(path) != stamp:
-                raise ValueError(f"{path}: changed while it was read; try again when nothing writes to it")
+    @contextlib.contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Raise ValueError if a file of the model is replaced or written to before the block ends; in place of what
+        that may have led to."""
+        failure = None
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            failure = error
+        for file, before in self._states.items():
+            if (now := _state(self.path / file)) != before:
+                raise ValueError(f"{self.path / file}: changed while it was read: first {before}; then {now}")
+        if failure:
+            raise failure
 
     # -------------------------------------------------------------------------------------------- finding
 
@@ -192,7 +203,6 @@ class CheckpointReader:
                 self._problems.append(f"{file_name}: named in the index, but there is no such file")
                 self._unread += 1
                 continue
-            self._stamps[path] = _stamp(path)
             try:
                 read = read_safetensors_header if file_name.endswith(".safetensors") else read_torch_archive
                 found = read(path)
@@ -268,10 +278,14 @@ def natural_order(name: str) -> list[Any]:
     return [(0, len(part), part) if part.isdecimal() else (1, 0, part) for part in name.split(".")]
 
 
-def _stamp(path: Path) -> tuple[int, ...]:
-    """What a write to a file, or another file in its place, changes."""
-    found = path.stat()
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+def _state(path: Path) -> str:
+    """What tells whether a file is still the one it was. (Its inode does not: some network filesystems renumber.)"""
+    try:
+        found = path.stat()
+    except (OSError, ValueError) as error:  # a name may be none that a filesystem takes
+        return getattr(error, "strerror", None) or str(error)
+    seconds, rest = divmod(found.st_mtime_ns, 10**9)
+    return f"{found.st_size} bytes, modified at {seconds}.{rest:09}"
 
 
 def _same_bytes(a: StoredTensor, b: StoredTensor) -> bool:
@@ -335,15 +349,11 @@ def check_room(readers: list[CheckpointReader], nbytes: int, out: Path, force: b
         raise OSError(errno.ENOSPC, "", f"{out} needs {human_bytes(nbytes)}, {human_bytes(free)} are free")
 
 
-def verify_written(
-    directory: Path, config: ModelConfig, targets: list[Target], whole: bool, sources: list[CheckpointReader]
-) -> None:
+def verify_written(directory: Path, config: ModelConfig, targets: list[Target], whole: bool) -> None:
     """Read a written directory as a loader would, and compare samples, or every byte, with the tensors made again.
 
-    Raises ValueError naming the file and the tensor that differs, or the file of a source that has changed meanwhile.
+    Raises ValueError naming the file and the tensor that differs.
     """
-    for reader in sources:
-        reader.check_unchanged()
     written = CheckpointReader(directory)
     if written.config != config:
         raise ValueError(f"{directory / 'config.json'}: reads back as {written.config}, expected {config}")

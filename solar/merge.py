@@ -10,6 +10,7 @@ expression that is searched for in the name; a rule with both means both.
     [{"layers": "0-16", "weights": [0.7, 0.3]}, {"layers": "16-24", "tensors": "self_attn", "weights": [0, 1]}]
 """
 
+import contextlib
 import filecmp
 import json
 import math
@@ -381,7 +382,10 @@ def carry_out(merging: Merging, out: Path, max_shard_bytes: int, verify: str, fo
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes must be positive, found {max_shard_bytes}")
     check_room(merging.readers, merging.nbytes, out, force)
-    with cli.publish(out, force) as staging, side_by_side() as run:
+    with cli.publish(out, force) as staging, contextlib.ExitStack() as held:
+        run = held.enter_context(side_by_side())
+        for reader in merging.readers:
+            held.enter_context(reader.unchanged())
         progress = cli.Progress("writing", merging.nbytes)
 
         def write(target: Target, file: FileIO) -> None:
@@ -395,7 +399,7 @@ def carry_out(merging: Merging, out: Path, max_shard_bytes: int, verify: str, fo
         copy_companions(merging.readers[0].path, staging)
         (staging / "merge.json").write_text(json.dumps(_record(merging), indent=1) + "\n", encoding="utf-8")
         write_config(staging, merging.config)
-        verify_written(staging, merging.config, merging.targets, verify == "full", merging.readers)
+        verify_written(staging, merging.config, merging.targets, whole=verify == "full")
 
 
 def _record(merging: Merging) -> dict:
