@@ -1,5 +1,6 @@
 """A `Transformer` from a model directory, or into one. What such a directory is, solar/directory.py says."""
 
+from collections import deque
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +15,10 @@ from solar.directory import (
     dtype_name,
     write_config,
 )
-from solar.elements import elements, map_file, view_in, write_bytes
+from solar.elements import fill, map_file, side_by_side, view_in, write_bytes
 from solar.model import DecoderLayer, Transformer
 from solar.plan import ZEROED_IN_IDENTITY, Plan, from_json, parse_plan, to_json
-from solar.tensorfile import TensorToWrite, write_shards
+from solar.tensorfile import TensorToWrite, spans, write_shards
 
 # ------------------------------------------------------------------------------------------------ loading
 
@@ -37,10 +38,12 @@ def load_model(
     """A Transformer with the weights of a model directory: Hugging Face's layout or a Mistral release.
 
     dtype: None keeps the stored one (that of most parameters where they differ). On the CPU, weights that need no cast
-    stay mapped to their files: nothing is read until it is used.
+    stay mapped to their files: nothing is read until it is used. All others are read by several threads, in pieces, so
+    that nothing stands beside the model but a piece for each: through pinned memory on the way to a GPU.
     plan: up-scale on the way, as text or as a list. Layers that come from the same source are one module and share its
     memory: for running a plan without writing it, not for training it.
-    Raises FileNotFoundError, and ValueError with every problem of the directory listed.
+    Raises FileNotFoundError, and ValueError with every problem of the directory listed, or for a file that changes
+    while it is read.
     """
     reader = CheckpointReader(path)
     config, dtype = reader.config, dtype_name(dtype) or reader.dtype
@@ -50,24 +53,29 @@ def load_model(
         config = config.with_depth(depth)  # of the type that the grown model will have
     with torch.device("meta"):
         model = Transformer(config)
-    model.load_state_dict(_load_tensors(reader, dtype, torch.device(device)), assign=True)
+    with reader.unchanged():
+        model.load_state_dict(_load_tensors(reader, dtype, torch.device(device)), assign=True)
     if plan is not None:
         share_layers(model, plan)
     return model
 
 
 def _load_tensors(reader: CheckpointReader, dtype: str, device: torch.device) -> dict[str, Tensor]:
-    """Every weight by its Hugging Face name."""
-    maps: dict[Path, Tensor] = {}
-    tensors = {}
+    """Every weight by its Hugging Face name: a view of its mapped file, or read in pieces, several at once."""
+    tensors, maps, pieces = {}, {}, []
     for name, weight in reader.weights.items():
         stored = weight.stored
-        if weight.rotary_heads is not None:
-            tensors[name] = elements(weight, 0, stored.numel).view(stored.shape).to(device, getattr(torch, dtype))
-            continue
-        if stored.path not in maps:
-            maps[stored.path] = map_file(stored.path)
-        tensors[name] = view_in(maps[stored.path], stored).to(device, getattr(torch, dtype))
+        if device.type == "cpu" and stored.dtype == dtype and weight.rotary_heads is None:
+            if stored.path not in maps:
+                maps[stored.path] = map_file(stored.path)
+            tensors[name] = view_in(maps[stored.path], stored)
+        else:
+            tensors[name] = torch.empty(stored.shape, dtype=getattr(torch, dtype), device=device)
+            flat = tensors[name].flatten()
+            pieces += [(weight, flat[start:stop], start, stop) for start, stop in spans(len(flat), stored.itemsize)]
+    if pieces:
+        with side_by_side() as run:
+            deque(run(fill, pieces), maxlen=0)
     return tensors
 
 

@@ -33,6 +33,14 @@ def elements(source: Source, start: int, stop: int) -> Tensor:
     return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
 
 
+def fill(source: Source, part: Tensor, start: int, stop: int) -> None:
+    """Copy elements start..stop-1 of the flattened tensor into `part`, of any dtype, on any device."""
+    piece = elements(source, start, stop)
+    if part.is_cuda:  # from pinned memory, the copy is the device's own work, and the cast follows it there
+        piece = piece.pin_memory().to(part.device)
+    part.copy_(piece)
+
+
 def as_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a CPU tensor, row-major."""
     return memoryview(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())

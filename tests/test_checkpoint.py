@@ -19,11 +19,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kernels.rotary import rotary_reference
-from solar import checkpoint
+from solar import checkpoint, tensorfile
 from solar.checkpoint import CheckpointReader, load_model, save_model
 from solar.config import ModelConfig
+from solar.directory import Weight
+from solar.elements import elements
 from solar.model import Transformer, rotary_table
 from solar.plan import Source
+from solar.tensorfile import read_safetensors_header
 from tests.golden import tiny
 
 MISTRALS = [case for case, config in tiny.CASES.items() if config["model_type"] == "mistral"]
@@ -676,6 +679,51 @@ def test_a_dtype_that_is_asked_for(given, tmp_path):
     wanted = given if isinstance(given, torch.dtype) else short.get(given) or getattr(torch, given)
     expected = {name: tensor.to(wanted) for name, tensor in tensors_of("llama_mha").items()}
     assert same(dict(load_model(tmp_path, dtype=given).state_dict()), expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_cast_in_pieces_is_a_cast(layout, threads, tmp_path, monkeypatch):
+    """Pieces that end within a row, and a last one that is short; read by one thread, or by several at once."""
+    monkeypatch.setattr(tensorfile, "CHUNK_BYTES", 250)
+    config, tensors = tiny.CASES["mistral_window"], tensors_of("mistral_window", "float16")
+    LAYOUTS[layout](tmp_path, config, tensors)
+    directory = next(tmp_path.glob("snapshots/*"), tmp_path)
+    torch.set_num_threads(threads)
+    try:
+        model = load_model(directory, dtype="float32")
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(1)
+    assert same(dict(model.state_dict()), {name: tensor.float() for name, tensor in tensors.items()})
+
+
+@pytest.mark.parametrize("rows", [2, 3])
+def test_any_part_of_a_reordered_weight_is_that_part_of_the_whole(rows, tmp_path):
+    """Of heads of four rows: parts that begin and end within a head, and within a row."""
+    stored = torch.arange(rows * 4 * 5, dtype=torch.int16).view(rows * 4, 5)
+    save_file({"wq": stored}, tmp_path / "x")
+    weight = Weight(read_safetensors_header(tmp_path / "x")["wq"], rotary_heads=rows)
+    whole = stored[[4 * head + row for head in range(rows) for row in (0, 2, 1, 3)]].flatten()
+    for start in range(len(whole) + 1):
+        for stop in range(start, len(whole) + 1):
+            assert torch.equal(elements(weight, start, stop), whole[start:stop])
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_files_that_change_while_they_are_read_are_an_error(dtype, tmp_path, monkeypatch):
+    write_single(tmp_path, CONFIG, tensors_of("llama_mha"))
+    real = checkpoint.side_by_side if dtype else checkpoint.view_in
+
+    def and_then(*arguments):
+        os.utime(tmp_path / "model.safetensors")
+        return real(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, real.__name__, and_then)
+        with pytest.raises(ValueError, match=r"model\.safetensors: changed while it was read"):
+            load_model(tmp_path, dtype=dtype)
+    load_model(tmp_path, dtype=dtype)
 
 
 @pytest.mark.parametrize("given", [torch.int8, torch.float64, torch.float8_e5m2, "int8", "half", "", 16])
