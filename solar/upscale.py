@@ -30,7 +30,9 @@ from solar.directory import (
     verify_written,
     write_config,
 )
-from solar.tensorfile import CHUNK_BYTES, ITEMSIZES, StoredTensor, Target, TensorToWrite, write_shards
+from solar.tensorfile import BLOCK, ITEMSIZES, StoredTensor, Target, TensorToWrite, write_shards
+
+COPY_BYTES = 1 << 20  # that the kernel copies at once
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ def carry_out(upscaling: Upscaling, out: Path, max_shard_bytes: int, verify: str
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes must be positive, found {max_shard_bytes}")
     check_room([upscaling.reader], upscaling.nbytes, out, force)
-    with cli.publish(out, force) as staging, contextlib.ExitStack() as opened:
+    with cli.publish(out, force) as staging, upscaling.reader.unchanged(), contextlib.ExitStack() as opened:
         progress = cli.Progress("writing", upscaling.nbytes)
         sources: dict[Path, int] = {}
         for path in {stored.path for stored in upscaling.copied.values()}:
@@ -150,13 +152,14 @@ def carry_out(upscaling: Upscaling, out: Path, max_shard_bytes: int, verify: str
         for target in upscaling.targets:
             stored = upscaling.copied.get(target.name)
             write = _copier(stored, sources, progress.advance) if stored else target.writer(progress.advance)
-            tensors.append(TensorToWrite(target.name, target.shape, target.dtype, write))
+            copied_from = stored.offset if stored else None
+            tensors.append(TensorToWrite(target.name, target.shape, target.dtype, write, copied_from))
         write_shards(staging, tensors, max_shard_bytes)
         progress.close()
         copy_companions(upscaling.reader.path, staging)
         (staging / "upscale.json").write_text(json.dumps(_record(upscaling), indent=1) + "\n", encoding="utf-8")
         write_config(staging, upscaling.config)
-        verify_written(staging, upscaling.config, upscaling.targets, verify == "full", [upscaling.reader])
+        verify_written(staging, upscaling.config, upscaling.targets, whole=verify == "full")
 
 
 def _record(upscaling: Upscaling) -> dict:
@@ -188,19 +191,23 @@ def _copier(stored: StoredTensor, sources: dict[Path, int], advance: Callable[[i
 
 
 def _copy_range(source: int, offset: int, count: int, file: FileIO, advance: Callable[[int], None], path: Path) -> None:
-    """Append a byte range of an open file, inside the kernel where it can: no byte passes through this process."""
+    """Append a byte range of an open file, inside the kernel where it can: no byte passes through this process.
+
+    Filesystems that can (XFS, btrfs) do not copy but share whole blocks: what stands before the first goes apart.
+    """
     in_kernel = hasattr(os, "copy_file_range")
     while count:
+        wanted = min(count, BLOCK - offset % BLOCK if offset % BLOCK else COPY_BYTES)
         if in_kernel:
             try:
-                done = os.copy_file_range(source, file.fileno(), min(count, CHUNK_BYTES), offset)
+                done = os.copy_file_range(source, file.fileno(), wanted, offset)
             except OSError as error:
                 if error.errno not in (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM):
                     raise
                 in_kernel = False  # another filesystem, or one that cannot
                 continue
         else:
-            done = file.write(os.pread(source, min(count, CHUNK_BYTES), offset))
+            done = file.write(os.pread(source, wanted, offset))
         if done == 0:
             raise ValueError(f"{path}: became shorter while it was copied: nothing at byte {offset}")
         offset, count = offset + done, count - done

@@ -467,7 +467,7 @@ def test_the_quick_verification_finds_every_layer_that_is_not_its_own(bases, tmp
 
 def test_without_the_kernels_own_copy_it_is_the_same(bases, tmp_path, monkeypatch):
     expected = (upscale(bases[FOUR], tmp_path / "kernel", "dus:1") / "model.safetensors").read_bytes()
-    monkeypatch.setattr(upscaling, "CHUNK_BYTES", 700)
+    monkeypatch.setattr(upscaling, "COPY_BYTES", 700)
     assert (upscale(bases[FOUR], tmp_path / "pieces", "dus:1") / "model.safetensors").read_bytes() == expected
     real = os.copy_file_range
     for number in (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM):
@@ -485,6 +485,37 @@ def test_without_the_kernels_own_copy_it_is_the_same(bases, tmp_path, monkeypatc
         assert (out / "model.safetensors").read_bytes() == expected
     monkeypatch.delattr(os, "copy_file_range")
     assert (upscale(bases[FOUR], tmp_path / "none", "dus:1") / "model.safetensors").read_bytes() == expected
+
+
+def repadded(directory: Path, spaces: int) -> Path:
+    """The same model with so many spaces more behind the header of its file."""
+    path = directory / "model.safetensors"
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = content[8 : 8 + length] + b" " * spaces
+    path.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
+    return directory
+
+
+@pytest.mark.parametrize("spaces", [0, 8, 4000, 4096, 3])
+def test_what_is_copied_stands_within_a_block_where_it_stood(spaces, tmp_path, monkeypatch):
+    """So that XFS and btrfs can share blocks; they are asked for ranges that begin at one, but for the first bytes."""
+    config = tiny.CASES[FOUR] | {"hidden_size": 1024, "intermediate_size": 8}  # every tensor takes whole blocks
+    base = repadded(write_single(tmp_path / "base", config, tensors_of(config)), spaces)
+    real, asked = os.copy_file_range, []
+
+    def copy(source, target, count, offset):
+        asked.append((offset, count))
+        return real(source, target, count, offset)
+
+    monkeypatch.setattr(os, "copy_file_range", copy)
+    out = upscale(base, tmp_path / "out", "stack", verify="full")
+    monkeypatch.undo()
+    before, after = (read_safetensors_header(directory / "model.safetensors") for directory in (base, out))
+    places = [{stored.offset % 4096 for stored in header.values()} for header in (before, after)]
+    assert places[0] == places[1] if spaces % 8 == 0 else places[1] < set(range(0, 4096, 8))
+    assert all(offset % 4096 == 0 or (offset + count) % 4096 == 0 for offset, count in asked)
+    assert same(written(out), in_memory(load_model(base), parse_plan("stack", 4)))
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
@@ -510,9 +541,35 @@ def test_a_base_that_becomes_shorter_meanwhile_is_an_error(bases, tmp_path, monk
         real(*arguments)
 
     monkeypatch.setattr(upscaling, "_copy_range", copy_range)
-    with pytest.raises(ValueError, match=r"base/model\.safetensors: became shorter"):
+    with pytest.raises(ValueError, match=r"base/model\.safetensors: changed while it was read"):
         upscale(base, tmp_path / "out", "dus:1")
     assert os.listdir(tmp_path) == ["base"]
+
+
+REPLACED = {  # what may happen to a file of the base while it is read; none changes its size
+    "written to": lambda path: flip(path, path.stat().st_size - 1),
+    "touched": lambda path: os.utime(path),
+    "replaced": lambda path: shutil.copy(path, path.with_name("other")) and os.replace(path.with_name("other"), path),
+}
+
+
+@pytest.mark.parametrize("what", REPLACED)
+@pytest.mark.parametrize("dtype", [None, "float32"])
+def test_a_base_that_changes_meanwhile_is_an_error(what, dtype, bases, tmp_path, monkeypatch):
+    """Even where what is verified is the same: what was written may be of no file that there ever was."""
+    base = shutil.copytree(bases[FOUR], tmp_path / "base")
+    real = upscaling.write_shards
+
+    def write_shards(*arguments):
+        real(*arguments)
+        REPLACED[what](base / "model.safetensors")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(upscaling, "write_shards", write_shards)
+        with pytest.raises(ValueError, match=r"base/model\.safetensors: changed while it was read"):
+            upscale(base, tmp_path / "out", "dus:1", dtype)
+    assert os.listdir(tmp_path) == ["base"]
+    upscale(base, tmp_path / "out", "dus:1", dtype)
 
 
 # ------------------------------------------------------------------------------------------------ what is in the way
@@ -743,6 +800,26 @@ def test_a_real_process_says_error_and_2(bases, tmp_path):
     assert done.stderr == (
         f"error: {tmp_path}/none: no such directory; a model is a directory with config.json or params.json\n"
     )
+
+
+WITHOUT = """
+import os, resource, runpy, sys
+sys.modules["torch"] = sys.modules["numpy"] = None  # whoever imports them fails
+resource.setrlimit(resource.RLIMIT_AS, (100_000_000, 100_000_000))
+sys.path.insert(0, os.getcwd())
+runpy.run_module("solar.upscale", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize("layout", ["single", "shards", "release"])
+def test_what_is_not_cast_needs_no_torch_and_hardly_any_memory(layout, tmp_path):
+    config, tensors = tiny.CASES["mistral_window"], tensors_of("mistral_window", "bfloat16")
+    base = LAYOUTS[layout](tmp_path / "base", config, tensors)
+    argv = ["--model", base, "--out", tmp_path / "out", "--plan", "expand:1:2", "--verify", "full"]
+    done = subprocess.run([sys.executable, "-c", WITHOUT, *argv], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    published = load_model(write_single(tmp_path / "hf", config, tensors))
+    assert same(written(tmp_path / "out"), in_memory(published, parse_plan("expand:1:2", 3)))
 
 
 def test_exit_codes(nursery, bases, tmp_path):
