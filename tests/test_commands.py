@@ -14,6 +14,7 @@ import generate
 import train
 from solar import analyze, base, mathdata, merge, plan, reference, upscale
 from tests.bench import compare, make_checkpoint, perplexity
+from tests.bench import upscale as bench_upscale
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -206,6 +207,7 @@ def test_every_flag_and_plan_in_the_readme_exists():
         "tests.bench.compare": compare.Options,
         "tests.bench.make_checkpoint": make_checkpoint.Options,
         "tests.bench.perplexity": perplexity.Options,
+        "tests.bench.upscale": bench_upscale.Options,
     }
     lines = [line for block in blocks("sh") for line in block.replace("\\\n", " ").splitlines()]
     commands = lines + re.findall(r"`((?:python|torchrun) [^`]*)`", README)

@@ -909,7 +909,7 @@ def test_no_room_on_the_disk(nursery, bases, tmp_path):
 # Where a run is stopped: it says so and goes to sleep.
 PAUSE = """
 import os, time
-import solar.cli, solar.checkpoint
+import solar.cli, solar.directory
 def pause(function, at, calls=[]):
     def paused(*arguments, **more):
         calls.append(arguments)
@@ -922,7 +922,7 @@ def pause(function, at, calls=[]):
 MOMENTS = {
     "before the first byte": "os.copy_file_range = pause(os.copy_file_range, 1)",
     "in the middle of the copy": "os.copy_file_range = pause(os.copy_file_range, 30)",
-    "before it is verified": "solar.checkpoint.write_config = pause(solar.checkpoint.write_config, 1)",
+    "before it is verified": "solar.directory.write_config = pause(solar.directory.write_config, 1)",
     "while it is verified": "tensor = solar.tensorfile.StoredTensor; tensor.read = pause(tensor.read, 20)",
     "before it is renamed": "os.fsync = pause(os.fsync, 2)",
 }
