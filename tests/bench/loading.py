@@ -5,7 +5,8 @@ is a process of its own, and what is timed is the call alone, after the imports:
 `from_pretrained`, and, as the bound for the stored dtype, `map`: nothing but the file mapped and cut into tensors, by
 the safetensors library. "used" counts until each weight has been read once by one pass over it: what is only mapped is
 read then. Programs take turns; figures are medians. Memory is the most anonymous memory of the process less what it
-held after its imports. The file is in the page cache, unless --cold drops it before each load.
+held after its imports. The file is in the page cache, unless --cold drops it before each load. On a machine that others
+use, the seconds of CPU say more than the time that passed.
 """
 
 import argparse
@@ -30,7 +31,7 @@ def anonymous() -> int:
 
 
 def serve(what: str, directory: str, dtype: str) -> None:
-    """Load once; print seconds until loaded, seconds until used, and kB held before."""
+    """Load once; print seconds until loaded, until used, of CPU until loaded, and kB held before."""
     import torch
 
     cast = None if dtype == "stored" else torch.float32
@@ -48,12 +49,12 @@ def serve(what: str, directory: str, dtype: str) -> None:
         from transformers import AutoModelForCausalLM
 
         load = lambda: AutoModelForCausalLM.from_pretrained(directory, dtype=cast or "auto").state_dict()
-    held, start = anonymous(), time.perf_counter()
+    held, start, worked = anonymous(), time.perf_counter(), time.process_time()
     weights = load()
-    loaded = time.perf_counter() - start
+    loaded, worked = time.perf_counter() - start, time.process_time() - worked
     for tensor in weights.values():
         tensor.view(torch.int32).sum()
-    print(json.dumps([loaded, time.perf_counter() - start, held]), flush=True)
+    print(json.dumps([loaded, time.perf_counter() - start, worked, held]), flush=True)
     os._exit(0)  # nobody waits for torch to tidy up
 
 
@@ -85,7 +86,7 @@ def main() -> None:
             programs["transformers"] = options.peer
         if dtype == "stored":
             programs["map"] = sys.executable
-        turns: list[dict[str, tuple[float, float, float]]] = []
+        turns: list[dict[str, tuple[float, ...]]] = []
         for number in range(options.turns):
             turn = {}
             for name in list(programs)[:: -1 if number % 2 else 1]:
@@ -101,14 +102,14 @@ def main() -> None:
                     said = answer.read()
                 if code:
                     raise SystemExit(f"exit code {code}: {' '.join(command)}")
-                loaded, used, held = json.loads(said.splitlines()[-1])
-                turn[name] = loaded, used, (most - held) / 1000
+                *seconds, held = json.loads(said.splitlines()[-1])
+                turn[name] = *seconds, (most - held) / 1000
             turns.append(turn)
         print(f"  {dtype}:")
         for name in programs:
-            loaded, used = (statistics.median(turn[name][i] for turn in turns) for i in (0, 1))
-            line = f"    {name:<13}loaded in {loaded:.3f} s, used after {used:.2f} s, "
-            line += f"{max(turn[name][2] for turn in turns):.0f} MB"
+            loaded, used, worked = (statistics.median(turn[name][i] for turn in turns) for i in range(3))
+            line = f"    {name:<13}loaded in {loaded:.3f} s ({worked:.3f} s of CPU), used after {used:.2f} s, "
+            line += f"{max(turn[name][3] for turn in turns):.0f} MB"
             if name != "ours":
                 ratios = sorted(turn[name][0] / turn["ours"][0] for turn in turns)
                 line += f"; {statistics.median(ratios):.2f} times ours ({ratios[0]:.2f} to {ratios[-1]:.2f})"

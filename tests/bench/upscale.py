@@ -5,7 +5,8 @@ Each turn runs ours, mergekit's passthrough of the same plan, and `cp` of what o
 way round; figures are medians, ratios those of the turns, with the least and the greatest. A time counts until what was
 written is on the disk (ours ends there by itself, and has verified by then), less the start of the program: that of
 `--help` for ours and mergekit's, nothing for `cp`. Memory is anonymous memory, as in memory.py. The sources are in the
-page cache, unless --cold drops them before each run.
+page cache, unless --cold drops them before each run. On a machine that others use, the seconds of CPU say more than the
+time that passed.
 
 --curve runs ours for each of six sizes, from 0.1 to 21 GB of output. The largest runs once and alone: it takes 36 GB of
 disk as it is. --address-space caps ours, in bytes, as `ulimit -v` would.
@@ -53,6 +54,7 @@ class Run(NamedTuple):
     seconds: float
     start_up: float
     megabytes: float
+    cpu: float
 
     @property
     def net(self) -> float:
@@ -78,19 +80,21 @@ def start_up(command: list[str]) -> float:
 
 
 def run(command: list[str], out: Path, source: Path, options: Options, limit: Callable | None = None) -> tuple:
-    """Seconds until the command has ended and its output is on the disk; MB of anonymous memory."""
+    """Seconds until the command has ended and its output is on the disk; MB of anonymous memory; seconds of CPU."""
     if options.cold:
         for path in source.iterdir():
             with open(path, "rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     os.sync()  # so that nobody pays for what the one before has written or removed
-    start = monotonic()
+    start, before = monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     _, anonymous, code = measure(command, stdout=subprocess.DEVNULL, preexec_fn=limit)
     if code:
         raise ValueError(f"exit code {code}: {' '.join(command)}")
     for path in out.iterdir():
         cli.fsync(path)
-    return monotonic() - start, anonymous / 1000
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return monotonic() - start, anonymous / 1000, cpu
 
 
 def compare(size: str, options: Options, work: Path) -> None:
@@ -128,8 +132,8 @@ def compare(size: str, options: Options, work: Path) -> None:
             what, out, source, starting = programs[name]
             shutil.rmtree(out, ignore_errors=True)
             limited = limit if name == "ours" and options.address_space else None
-            seconds, megabytes = run(what, out, source, options, limited)
-            turn[name] = Run(seconds, start_up(starting) if starting else 0.0, megabytes)
+            seconds, megabytes, cpu = run(what, out, source, options, limited)
+            turn[name] = Run(seconds, start_up(starting) if starting else 0.0, megabytes, cpu)
             if name != "ours":
                 shutil.rmtree(out)  # ours is what cp copies
         turns.append(turn)
@@ -140,6 +144,7 @@ def compare(size: str, options: Options, work: Path) -> None:
     for name in programs:
         net = median(turn[name].net for turn in turns)
         line = f"  {name:<9}{net:7.2f} s ({net / sizes[1]:.2f} s/GB) after {turn[name].start_up:.2f} s of start, "
+        line += f"{median(turn[name].cpu for turn in turns):.1f} s of CPU, "
         line += f"{max(turn[name].megabytes for turn in turns):.0f} MB"
         if name != "cp" and "cp" in programs:
             ratios = [turn[name].net / turn["cp"].net for turn in turns]
