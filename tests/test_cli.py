@@ -158,7 +158,7 @@ def test_publish_is_all_or_nothing(tmp_path):
         (staging / "config.json").write_text("3")
     assert (out / "config.json").read_text() == "3"
     assert os.listdir(tmp_path) == ["out"]
-    assert out.stat().st_mode & 0o777 == 0o777 & ~cli._umask()
+    assert out.stat().st_mode & 0o777 == 0o777 & ~cli.umask()
 
 
 def test_force_replaces_model_directories_only(tmp_path):
