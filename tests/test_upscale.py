@@ -1,5 +1,6 @@
 """Depth up-scaling: streamed, loaded and in-memory agree bit for bit; whatever fails, nothing half done is left."""
 
+import contextlib
 import copy
 import errno
 import hashlib
@@ -744,10 +745,10 @@ for line in sys.stdin:
 
 
 class Nursery:
-    def __init__(self, folder: Path, module: str = "solar.upscale"):
+    def __init__(self, folder: Path, module: str = "solar.upscale", prefix: tuple[str, ...] = ()):
         self.folder, self.count = folder, 0
         self.process = subprocess.Popen(
-            [sys.executable, "-c", NURSERY, module],
+            [*prefix, sys.executable, "-c", NURSERY, module],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -767,7 +768,8 @@ class Nursery:
 
     def finish(self, job: SimpleNamespace, send: signal.Signals | None = None) -> SimpleNamespace:
         if send is not None:
-            os.kill(job.pid, send)
+            with contextlib.suppress(ProcessLookupError):  # it has ended already
+                os.kill(job.pid, send)
         code = int(self.process.stdout.readline())
         return SimpleNamespace(code=code, out=job.out.read_text(), err=job.err.read_text())
 
