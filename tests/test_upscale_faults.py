@@ -358,6 +358,21 @@ def test_every_call_that_the_disk_may_refuse(call, force, bases, tmp_path, monke
         again() if models.there() == "old" else None
 
 
+@pytest.mark.parametrize("force", [False, True])
+def test_a_merge_that_the_disk_refuses(force, bases, tmp_path, monkeypatch):
+    models = Models(bases, tmp_path, force, "merge")
+    again = lambda: merge(bases, models.out, "slerp", max_shard_bytes=SHARD, force=force)
+    for call, nth in (("write", 1), ("write", 9), ("copyfile", 2), ("write_text", 2), ("fsync", 1), ("fsync", 9)):
+        with monkeypatch.context() as patched:
+            failing(patched, *CALLS[call], nth, errno.ENOSPC)
+            with pytest.raises(OSError) as failure:
+                again()
+        assert cli.describe(failure.value).endswith(": no space left on the disk")
+        assert (models.there(), models.left()) == ("old", [])
+    again()
+    assert models.there() == "new"
+
+
 @pytest.mark.parametrize("nth", [1, 2, 3])
 def test_two_renames_of_which_one_fails(nth, bases, tmp_path, monkeypatch):
     models = Models(bases, tmp_path, force=True)

@@ -4,8 +4,8 @@ its own, where our packages are too. Never imported by the project or its tests.
     python tests/golden/interop.py transformers [--model DIR]    both directions; also writes written.json, beside this
     python tests/golden/interop.py mergekit     [--model DIR]    both directions
     python tests/golden/interop.py lm_eval      [--model DIR]    a small task of its own, with --model hf
-    python tests/golden/interop.py llama.cpp --sources DIR [--library libllama.so] [--model DIR]
-                                                                 its converter, and what its library computes of that
+    python tests/golden/interop.py llama.cpp --sources DIR [--model DIR]
+                                                                 its convert_hf_to_gguf.py, with transformers and gguf
 
 --model: a real model, to be used beside the tiny ones. Each line of the table says how many variants of a writer's
 output a reader has opened as it should: every tensor there, with the same bits, and the same logits, to 1e-5 of the
@@ -14,11 +14,10 @@ largest, in fp32. A line that begins with FAILED says which did not, and the exi
 
 import argparse
 import contextlib
-import ctypes
 import io
 import json
+import logging
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -157,11 +156,15 @@ def what_we_write(folder: Path, real: Path | None, cases=tuple(tiny.CASES)) -> I
             yield out("upscale dus", str(source.name))
 
 
-def with_tokenizer(directory: Path, dtype: str, tied: bool) -> Path:
-    """A small random model with the tokenizer of the small base."""
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_key_value_heads": 2, "vocab_size": 2048}
-    model = Transformer(ModelConfig.from_hf(tiny.CASES["llama_mha"] | sizes | {"tie_word_embeddings": tied}))
-    model.init_weights(0)
+@torch.no_grad()
+def with_tokenizer(directory: Path, dtype: str, tied: bool, case: str = "llama_gqa_head_dim", seed: int = 0) -> Path:
+    """A case with random weights and the tokenizer of the small base."""
+    raw = tiny.CASES[case] | {"vocab_size": 2048, "tie_word_embeddings": tied}
+    model = Transformer(ModelConfig.from_hf(raw))
+    model.init_weights(seed)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:  # norms and biases
+            parameter += 0.1 * torch.randn_like(parameter)
     companions = {"tokenizer.model": (SMALL_BASE / "tokenizer.model").read_bytes()}
     return save_model(model, directory, dtype, force=True, companions=companions)
 
@@ -379,18 +382,18 @@ def loglikelihood(model: Transformer, tokenizer: Tokenizer, context: str, contin
 # ------------------------------------------------------------------------------------------------ llama.cpp
 
 
-def run_llama_cpp(folder: Path, real: Path | None, table: Table, sources: Path, library: Path | None) -> None:
-    """convert_hf_to_gguf.py on what we write: every tensor is there, with our values; its library gives our logits."""
-    sys.path[:0] = [str(sources / "gguf-py")]
+def run_llama_cpp(folder: Path, real: Path | None, table: Table, sources: Path) -> None:
+    """convert_hf_to_gguf.py on what we write: every tensor is there, with our values."""
+    sys.path[:0] = [str(sources), str(sources / "gguf-py")]
+    import convert_hf_to_gguf
     from gguf import GGUFReader
     from gguf.quants import dequantize
 
     for writer, variant, directory in llama_cpp_takes(folder, real):
         gguf = folder / "made.gguf"
         with table.row(writer, "llama.cpp convert_hf_to_gguf.py", variant):
-            command = [sys.executable, sources / "convert_hf_to_gguf.py", directory, "--outfile", gguf]
-            done = subprocess.run([*map(str, command), "--outtype", "f32"], capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr.strip().splitlines()[-1]
+            sys.argv = ["convert_hf_to_gguf.py", str(directory), "--outfile", str(gguf), "--outtype", "f32"]
+            convert_hf_to_gguf.main()
             tensors = GGUFReader(gguf).tensors
             found = {t.name: torch.from_numpy(dequantize(t.data, t.tensor_type).copy()) for t in tensors}
             ours = load_model(directory, dtype="float32")
@@ -398,31 +401,27 @@ def run_llama_cpp(folder: Path, real: Path | None, table: Table, sources: Path, 
             for name, tensor in ours.named_parameters():
                 theirs = found[gguf_name(name)]
                 assert torch.equal(theirs, interleaved(name, tensor.detach(), ours.config)), name
-        if library:
-            with table.row(writer, "llama.cpp, the logits of its library", variant):
-                ids = ids_for(load_model(directory).config)[:1]
-                logits = llama_cpp_logits(library, gguf, ids[0].tolist(), ours.config.vocab_size)
-                check_near(logits[None], our_logits(directory, ids), 1e-3)  # its tables of keys are fp16
 
 
 def llama_cpp_takes(folder: Path, real: Path | None) -> Iterator[tuple[str, str, Path]]:
     """Models with a tokenizer, without which it converts nothing."""
-    for tied in (False, True):
-        for dtype in DTYPES:
-            bases = [with_tokenizer(folder / f"base{seed}", dtype, tied) for seed in (0, 1)]
+    made = folder / "made"
+    for case in ("llama_gqa_head_dim", "llama_biases", "llama_rope_llama3", "mistral_window_null"):
+        for tied, dtype in ((tied, dtype) for tied in (False, True) for dtype in DTYPES):
+            bases = [with_tokenizer(folder / f"base{seed}", dtype, tied, case, seed) for seed in (0, 1)]
             for shard, files in ((10**9, "one file"), (100_000, "shards")):
-                variant = f"{dtype} {'tied' if tied else 'untied'} {files}"
-                for plan in ("dus:1", "idus:1:1", "expand:3"):
-                    out = upscale(bases[0], folder / "made", plan, max_shard_bytes=shard, force=True)
-                    yield f"solar upscale {plan.partition(':')[0]}", variant, out
-                out = merge(bases, folder / "made", "average", max_shard_bytes=shard, force=True)
-                yield "solar merge average", variant, out
-            out = save_model(load_model(bases[0]), folder / "made", force=True, companions=bases[0])
-            yield "solar save_model", variant, out
-            yield "solar train.py", variant, train(folder, folder / "made", dtype, tied)
+                variant = f"{case} {dtype} {'tied' if tied else 'untied'} {files}"
+                for plan in ("dus:1", "idus:1:1", "expand:1:1"):
+                    upscale(bases[0], made, plan, max_shard_bytes=shard, force=True)
+                    yield f"solar upscale {plan.partition(':')[0]}", variant, made
+                merge(bases, made, "average", max_shard_bytes=shard, force=True)
+                yield "solar merge average", variant, made
+            yield "solar save_model", variant, save_model(load_model(bases[0]), made, force=True, companions=bases[0])
+    for tied, dtype in ((tied, dtype) for tied in (False, True) for dtype in DTYPES):
+        yield "solar train.py", f"{dtype} {'tied' if tied else 'untied'}", train(folder, made, dtype, tied)
     for source in (SMALL_BASE, real):
         if source:
-            yield "solar upscale dus", source.name, upscale(source, folder / "made", "dus", force=True)
+            yield "solar upscale dus", source.name, upscale(source, made, "dus", force=True)
 
 
 def gguf_name(name: str) -> str:
@@ -446,39 +445,15 @@ def interleaved(name: str, tensor: torch.Tensor, config: ModelConfig) -> torch.T
     return tensor if heads is None else tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
-def llama_cpp_logits(library: Path, gguf: Path, ids: list[int], vocab: int) -> torch.Tensor:
-    """(T, V), from libllama. Its structures are those of the llama-cpp-python that it came with: to be there, too."""
-    os.environ["LLAMA_CPP_LIB_PATH"] = str(library.parent)
-    import llama_cpp
-
-    quiet = llama_cpp.llama_log_callback(lambda *_: None)
-    llama_cpp.llama_log_set(quiet, ctypes.c_void_p(0))
-    model = llama_cpp.llama_model_load_from_file(str(gguf).encode(), llama_cpp.llama_model_default_params())
-    params = llama_cpp.llama_context_default_params()
-    params.n_ctx, params.n_batch, params.n_threads, params.n_threads_batch = 512, 512, 1, 1
-    params.type_k = params.type_v = 0  # GGML_TYPE_F32
-    context = llama_cpp.llama_init_from_model(model, params)
-    batch = llama_cpp.llama_batch_init(len(ids), 0, 1)
-    batch.n_tokens = len(ids)
-    for i, token in enumerate(ids):
-        batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = token, i, 1, 0, 1
-    assert llama_cpp.llama_decode(context, batch) == 0
-    rows = [torch.tensor(llama_cpp.llama_get_logits_ith(context, i)[:vocab]) for i in range(len(ids))]
-    llama_cpp.llama_batch_free(batch)
-    llama_cpp.llama_free(context)
-    llama_cpp.llama_model_free(model)
-    return torch.stack(rows)
-
-
 # ------------------------------------------------------------------------------------------------ main
 
 
 def main() -> None:
+    logging.disable(logging.WARNING)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("peer", choices=["transformers", "mergekit", "lm_eval", "llama.cpp"])
     parser.add_argument("--model", type=Path, metavar="DIR", help="a real model, beside the tiny ones")
     parser.add_argument("--sources", type=Path, metavar="DIR", help="llama.cpp's")
-    parser.add_argument("--library", type=Path, metavar="FILE", help="llama.cpp's, built")
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -486,7 +461,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
         folder = Path(folder)
         if args.peer == "llama.cpp":
-            run_llama_cpp(folder, args.model, table, args.sources, args.library)
+            run_llama_cpp(folder, args.model, table, args.sources)
         else:
             {"transformers": run_transformers, "mergekit": run_mergekit, "lm_eval": run_lm_eval}[args.peer](
                 folder, args.model, table
