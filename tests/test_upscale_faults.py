@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from solar import checkpoint, cli, tensorfile
+from solar import cli, directory, tensorfile
 from solar import merge as merging
 from solar import upscale as upscaling
 from solar.checkpoint import load_model
@@ -75,7 +75,7 @@ def mounting(tmp_path_factory):
 # those whose arguments are as `counts` wants them.
 AT = """
 import os, pathlib, shutil
-import solar.checkpoint, solar.cli, solar.tensorfile
+import solar.cli, solar.directory, solar.tensorfile
 def at(owner, name, nth=1, when="after", counts=lambda *_, **__: True):
     real, calls = getattr(owner, name), []
     def called(*arguments, **more):
@@ -97,17 +97,17 @@ IN_TWO = "; solar.cli._exchange = refuse"  # names that cannot change places in 
 
 # Step -> the code that sends the signal there.
 BEFORE_THE_SWAP = {
-    "base opened": "at(solar.checkpoint.CheckpointReader, '__init__')",
+    "base opened": "at(solar.directory.CheckpointReader, '__init__')",
     "staging directory made": "at(os, 'mkdir')",
-    "header written": "at(solar.tensorfile, '_write_all')",
+    "header written": "at(solar.tensorfile, 'write_all')",
     "first shard half written": "at(os, 'copy_file_range', 3)",
     "first shard written": "at(solar.tensorfile, 'write_safetensors')",
     "second shard half written": "at(os, 'copy_file_range', 20)",
     "index written": "at(solar.tensorfile, 'write_shards')",
     "tokenizer half copied": "at(shutil, 'copyfile')",
-    "config written": "at(solar.checkpoint, 'write_config')",
+    "config written": "at(solar.directory, 'write_config')",
     "half verified": "at(solar.tensorfile.StoredTensor, 'read', 40)",
-    "verified": "at(solar.checkpoint, 'verify_written')",
+    "verified": "at(solar.directory, 'verify_written')",
     "first shard fsynced": "at(os, 'fsync')",
     "all fsynced": "at(solar.cli, '_swap', 1, 'before')",
 }
@@ -209,7 +209,7 @@ def test_killed_between_two_renames_the_old_one_comes_back(nursery, bases, tmp_p
 @pytest.mark.parametrize("step", ["first shard half written", "verified", "all fsynced", "renamed"])
 def test_a_merge_that_is_killed(step, force, merges, bases, tmp_path):
     models = Models(bases, tmp_path, force, "merge")
-    code = STEPS[step].replace("os, 'copy_file_range'", "solar.tensorfile, 'write_bytes'")
+    code = STEPS[step].replace("os, 'copy_file_range'", "solar.tensorfile, 'write_all'")
     assert merges.run(*models.argv, before=signalled(signal.SIGKILL, code)).code == -signal.SIGKILL
     assert models.there() == ("old" if step in BEFORE_THE_SWAP else "new")
     assert len(models.left()) == (force or step in BEFORE_THE_SWAP)
@@ -305,7 +305,7 @@ CALLS = {
     "rename": (os, "rename"),
     "exchange": (cli, "_exchange"),
     "chmod": (os, "chmod"),
-    "write": (tensorfile, "_write_all"),
+    "write": (tensorfile, "write_all"),
     "write_text": (Path, "write_text"),
     "copyfile": (shutil, "copyfile"),
 }
@@ -498,8 +498,8 @@ CHANGES = {
     "reconfigured": lambda path: grow(path.with_name("config.json")),
 }
 MOMENTS = {
-    "at the first byte": (tensorfile, "_write_all", 1),
-    "before it is verified": (checkpoint, "write_config", 1),
+    "at the first byte": (tensorfile, "write_all", 1),
+    "before it is verified": (directory, "write_config", 1),
     "while it is verified": (tensorfile.StoredTensor, "read", 30),
 }
 
