@@ -264,7 +264,8 @@ def publish(out: Path, force: bool = False) -> Iterator[Path]:
     out.parent.mkdir(parents=True, exist_ok=True)
     staging = _staging(out)
     with naming(out), contextlib.ExitStack() as undo:
-        undo.callback(_remove, staging)  # before it is there: whenever Ctrl-C comes, nothing of it stays
+        for _ in range(2):  # and before it is there: whenever Ctrl-C comes, also while it is removed, nothing stays
+            undo.callback(shutil.rmtree, staging, ignore_errors=True)
         # Under the parent's lock no other run sees the staging directory before it is locked.
         with open_directory(out.parent) as parent:
             _clear(out, lock(parent, wait=True))
@@ -299,7 +300,7 @@ def _clear(out: Path, locked: bool) -> None:
     """Without locks (on some NFS) nothing says that a run is dead, and what it was writing stays."""
     aside = _aside(out)
     if aside.exists() and out.exists():
-        _remove(aside)
+        shutil.rmtree(aside, ignore_errors=True)
     elif aside.exists():
         aside.rename(out)  # killed between the two renames of `_swap`
     for stale in _leftovers(out) if locked else ():
@@ -349,14 +350,6 @@ def _exchange(one: Path, other: Path) -> None:
     if rename is None or rename(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange):
         number = errno.ENOSYS if rename is None else ctypes.get_errno()
         raise OSError(number, os.strerror(number), str(one), None, str(other))
-
-
-def _remove(directory: Path) -> None:
-    """Remove a directory, if it is there; also when Ctrl-C comes in the middle of that."""
-    try:
-        shutil.rmtree(directory, ignore_errors=True)
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 @contextlib.contextmanager

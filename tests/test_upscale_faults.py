@@ -116,7 +116,7 @@ AFTER_THE_SWAP = {
     "renamed and fsynced": "at(solar.cli, 'fsync', counts=lambda path: path.name == 'there')",
 }
 ONLY_WHEN_REPLACING = {
-    "old one about to be removed": "at(solar.cli, '_remove', 1, 'before')",
+    "old one about to be removed": "at(shutil, 'rmtree', 1, 'before')",
     "old one half removed": "at(os, 'unlink')",
     "of two renames, the last": "at(pathlib.Path, 'rename', 3)" + IN_TWO,
     "of two renames, the second": "at(pathlib.Path, 'rename', 2)" + IN_TWO,
