@@ -730,9 +730,9 @@ for line in sys.stdin:
     for name, value in job["limits"].items():
         resource.setrlimit(getattr(resource, name), (value, value))
     exec(job["before"])
-    module, sys.argv = sys.argv[1], [sys.argv[1], *job["argv"]]
+    sys.argv = [job["module"], *job["argv"]]
     try:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        runpy.run_module(job["module"], run_name="__main__", alter_sys=True)
     except SystemExit as leaving:
         code = leaving.code
     except BaseException:
@@ -746,9 +746,9 @@ for line in sys.stdin:
 
 class Nursery:
     def __init__(self, folder: Path, module: str = "solar.upscale", prefix: tuple[str, ...] = ()):
-        self.folder, self.count = folder, 0
+        self.folder, self.module, self.count = folder, module, 0
         self.process = subprocess.Popen(
-            [*prefix, sys.executable, "-c", NURSERY, module],
+            [*prefix, sys.executable, "-c", NURSERY],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -757,11 +757,17 @@ class Nursery:
         )
         assert self.process.stdout.readline() == "ready\n"
 
-    def start(self, *argv, before: str = "", after: str = "", **limits: int) -> SimpleNamespace:
+    def start(self, *argv, module: str = "", before: str = "", after: str = "", **limits: int) -> SimpleNamespace:
         self.count += 1
         out, err = self.folder / f"{self.count}.out", self.folder / f"{self.count}.err"
         out.touch(), err.touch()
-        job = {"argv": [*map(str, argv)], "before": before, "after": after, "limits": limits}
+        job = {
+            "module": module or self.module,
+            "argv": [*map(str, argv)],
+            "before": before,
+            "after": after,
+            "limits": limits,
+        }
         self.process.stdin.write(json.dumps(job | {"stdout": str(out), "stderr": str(err)}) + "\n")
         self.process.stdin.flush()
         return SimpleNamespace(pid=int(self.process.stdout.readline()), out=out, err=err)
