@@ -7,14 +7,16 @@ its own, where our packages are too. Never imported by the project or its tests.
     python tests/golden/interop.py llama.cpp --sources DIR [--model DIR]
                                                                  its convert_hf_to_gguf.py, with transformers and gguf
 
---model: a real model, to be used beside the tiny ones. Each line of the table says how many variants of a writer's
-output a reader has opened as it should: every tensor there, with the same bits, and the same logits, to 1e-5 of the
-largest, in fp32. A line that begins with FAILED says which did not, and the exit code is 1.
+--model: a real model, to be used beside the tiny ones. --every N: of the variants of what we write only each Nth, for a
+quick look. Each line of the table says how many variants of a writer's output a reader has opened as it should: every
+tensor there, with the same bits, and the same logits, to 1e-5 of the largest, in fp32. A line that begins with FAILED
+says which did not, and the exit code is 1.
 """
 
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -62,9 +64,12 @@ WORDS = "The capital of France is Paris. def add(a, b): return a + b. Tom has 3 
 class Table:
     """How many variants of each pair of writer and reader there were, and what was wrong with some."""
 
-    def __init__(self):
-        self.tried, self.passed = Counter(), Counter()
+    def __init__(self, every: int = 1):
+        self.every, self.tried, self.passed = every, Counter(), Counter()
         self.failed: list[str] = []
+
+    def some(self, variants: Iterator) -> Iterator:
+        return itertools.islice(variants, 0, None, self.every)
 
     @contextlib.contextmanager
     def row(self, writer: str, reader: str, variant: str) -> Iterator[None]:
@@ -207,7 +212,7 @@ def transformers_reads(directory: Path, bound: float = NEAR):
 def run_transformers(folder: Path, real: Path | None, table: Table) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MistralConfig
 
-    for writer, variant, directory in what_we_write(folder, real):
+    for writer, variant, directory in table.some(what_we_write(folder, real)):
         with table.row(writer, "transformers from_pretrained", variant):
             transformers_reads(directory)
         if any(directory.glob("tokenizer.*")):
@@ -288,7 +293,7 @@ def mergekit_makes(out: Path, recipe: dict) -> Path:
 def run_mergekit(folder: Path, real: Path | None, table: Table) -> None:
     out = folder / "theirs"
     cases = ("llama_gqa_head_dim", "llama_tied", "llama_biases", "mistral_window")  # each takes minutes
-    for writer, variant, directory in what_we_write(folder, real, cases):
+    for writer, variant, directory in table.some(what_we_write(folder, real, cases)):
         ours = load_model(directory)
         dtype = str(next(ours.parameters()).dtype).removeprefix("torch.")
         slices = [{"sources": [{"model": str(directory), "layer_range": [0, ours.config.num_hidden_layers]}]}]
@@ -389,7 +394,7 @@ def run_llama_cpp(folder: Path, real: Path | None, table: Table, sources: Path) 
     from gguf import GGUFReader
     from gguf.quants import dequantize
 
-    for writer, variant, directory in llama_cpp_takes(folder, real):
+    for writer, variant, directory in table.some(llama_cpp_takes(folder, real)):
         gguf = folder / "made.gguf"
         with table.row(writer, "llama.cpp convert_hf_to_gguf.py", variant):
             sys.argv = ["convert_hf_to_gguf.py", str(directory), "--outfile", str(gguf), "--outtype", "f32"]
@@ -453,11 +458,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("peer", choices=["transformers", "mergekit", "lm_eval", "llama.cpp"])
     parser.add_argument("--model", type=Path, metavar="DIR", help="a real model, beside the tiny ones")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="only each Nth variant of what we write")
     parser.add_argument("--sources", type=Path, metavar="DIR", help="llama.cpp's")
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    table = Table()
+    table = Table(args.every)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
         folder = Path(folder)
         if args.peer == "llama.cpp":
