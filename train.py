@@ -27,6 +27,7 @@ from solar.checkpoint import CheckpointReader, parse_dtype
 from solar.inputs import Job, packed_chats, preference_pairs, token_batches
 from solar.manifest import read_manifest, verify
 from solar.meter import Meter
+from solar.metrics import MetricsLog, read_metrics
 from solar.model import Transformer
 from solar.tokenizer import TEMPLATES, Tokenizer
 
@@ -279,7 +280,7 @@ def loop(options: Options, reader, batches, model, optimizer, record: dict, step
     """The steps from where the record stands, with what they print, log, evaluate and save. Returns the last record."""
     stage, out = STAGES[options.stage], Path(options.out)
     objective = partial(stage.objective, **{name: getattr(options, name) for name in stage.settings})
-    log = cli.MetricsLog(out / "metrics.jsonl", after_step=record["step"]) if world.rank == 0 else None
+    log = MetricsLog(out / "metrics.jsonl", after_step=record["step"]) if world.rank == 0 else None
     meter = Meter(
         reader.config, options.batch_size, options.sequence_length, stage.unit, record["step"], steps, world.device,
         world.size, compute_dtype(options, world),
@@ -303,7 +304,7 @@ def loop(options: Options, reader, batches, model, optimizer, record: dict, step
             )
 
     evaluates = lambda step: options.eval_every and (step % options.eval_every == 0 or step == steps)
-    evaluated = {entry["step"] for entry in cli.read_metrics(out / "metrics.jsonl") if "heldout" in entry}
+    evaluated = {entry["step"] for entry in read_metrics(out / "metrics.jsonl") if "heldout" in entry}
     # Before the first step, and where a run was stopped, which leaves it no time to evaluate.
     if evaluates(record["step"]) and not dist.from_all_ranks(record["step"] in evaluated, world)[0]:
         evaluate_after(record["step"])

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from solar import cli
+from solar.metrics import read_metrics
 
 MARKS = "ox+*#@%&"  # of the runs, in the terminal
 
@@ -28,7 +29,7 @@ def read_curve(run: Path) -> Curve:
     path = run / "metrics.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; give what train.py had as --out")
-    entries = cli.read_metrics(path)
+    entries = read_metrics(path)
     taken = [entry for entry in entries if isinstance(entry.get("loss"), float)]
     if not taken:
         raise ValueError(f"{path}: no step in it yet")

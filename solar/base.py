@@ -26,6 +26,7 @@ from solar import cli, problems
 from solar.checkpoint import copy_companions, load_model, save_model
 from solar.config import TINY
 from solar.corpus import standard_library
+from solar.metrics import read_metrics
 from solar.model import Transformer
 from solar.sampling import generate
 from solar.tokenizer import Tokenizer
@@ -172,7 +173,7 @@ def embed(options: EmbedOptions) -> None:
     model, tokenizer = load_model(run / "model"), Tokenizer(run / "model")
     asked = list(islice(problems.generate(1, "heldout"), 500))
     report = marks(asked, answer(model.float(), tokenizer, asked))
-    log = cli.read_metrics(run / "metrics.jsonl")
+    log = read_metrics(run / "metrics.jsonl")
     steps = [entry for entry in log if "loss" in entry]
     every = max(len(steps) // 100, 1)
     record = {

@@ -2,19 +2,18 @@
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import errno
 import fcntl
 import glob
 import hashlib
-import json
-import math
 import os
+import secrets
 import shlex
 import shutil
 import signal
 import sys
-import tempfile
 import textwrap
 import time
 import types
@@ -113,10 +112,10 @@ def command_line(options, label: str) -> str:
 
 
 def run(main: Callable[[], None]) -> typing.NoReturn:
-    """Call `main` and exit: 0; 2 with one line for bad input or a failed write; 130 for Ctrl-C."""
+    """Call `main` and exit: 0; 2 with one line for bad input or a failed write; 130 for Ctrl-C, 143 for SIGTERM."""
     warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
     for number in (signal.SIGTERM, signal.SIGHUP):  # a batch system's stop, a closed terminal: clean up as for Ctrl-C
-        signal.signal(number, _exit_on_signal)
+        signal.signal(number, _stop_on_signal)
     try:
         main()
         sys.stdout.flush()
@@ -124,16 +123,28 @@ def run(main: Callable[[], None]) -> typing.NoReturn:
         if isinstance(error, BrokenPipeError):  # `... | head`: the reader has gone, and that is its right
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(141)
-        print(f"error: {describe(error)}", file=sys.stderr)
+        _last_line(f"error: {describe(error)}")
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        _last_line("interrupted")
         sys.exit(130)
+    except _Stopped as stopped:
+        _last_line(signal.strsignal(stopped.code - 128).lower())
+        raise
     sys.exit(0)
 
 
-def _exit_on_signal(number: int, _) -> None:
-    sys.exit(128 + number)
+class _Stopped(SystemExit):
+    """By a signal other than Ctrl-C's; its code is 128 and the signal's number."""
+
+
+def _stop_on_signal(number: int, _) -> None:
+    raise _Stopped(128 + number)
+
+
+def _last_line(text: str) -> None:
+    with contextlib.suppress(OSError):  # of a terminal that has been closed
+        print(("\n" if Progress.unfinished else "") + text, file=sys.stderr, flush=True)
 
 
 class Interruption:
@@ -161,8 +172,10 @@ class Interruption:
 
 def describe(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno is not None:
-        reason = "no space left on the disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
-        return f"{error.filename}: {reason}" if error.filename else f"{reason}"
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        reason = "no space left on the disk" if full else error.strerror
+        name = (full and error.filename2) or error.filename  # a copy that fails names its source first
+        return f"{name}: {reason}" if name else f"{reason}"
     return str(error)
 
 
@@ -189,6 +202,8 @@ def human_seconds(seconds: float) -> str:
 class Progress:
     """Bytes done, rate and time left on stderr: a line that redraws itself on a terminal, one every 10 s in a log."""
 
+    unfinished = False  # whether the terminal's cursor stands behind such a line
+
     def __init__(self, label: str, total: int):
         self.label, self.total, self.done = label, max(total, 1), 0
         self.start = self.shown = time.monotonic()
@@ -212,67 +227,8 @@ class Progress:
             f"{self.label} {self.done / self.total:4.0%}  {human_bytes(self.done)} of {human_bytes(self.total)}"
             f"  {human_bytes(rate)}/s  {left} left"
         )
+        Progress.unfinished = self.live and not end
         print(f"\r{line:<79}" if self.live else line, end=end if self.live else "\n", file=sys.stderr, flush=True)
-
-
-class MetricsLog:
-    """Numbers of a run, one JSON object a line, each with its "step", written as they come.
-
-    A run that resumes gives its step: what an interrupted one had logged beyond it is dropped, so that the file of a
-    run with interruptions says what that of one without says.
-    """
-
-    def __init__(self, path: Path, after_step: int):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in read_metrics(path) if line["step"] <= after_step] if after_step else []
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}-", delete=False
-        ) as file:
-            file.writelines(json.dumps(entry) + "\n" for entry in kept)
-        os.chmod(file.name, 0o666 & ~_umask())
-        os.replace(file.name, path)
-        self.path, self.failed = path, False
-
-    def write(self, entry: dict) -> None:
-        """Append an entry; a number that is infinite or NaN becomes null. A full disk is noted once and survived."""
-        line = (json.dumps(_finite(entry)) + "\n").encode()
-        try:
-            with open(self.path, "ab", buffering=0) as file:
-                end = file.tell()
-                try:
-                    if file.write(line) < len(line):
-                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                except OSError:
-                    file.truncate(end)  # half a line would spoil the next one
-                    raise
-        except OSError as error:
-            if not self.failed:
-                print(f"note: {self.path}: {describe(error)}; metrics are missing from here on", file=sys.stderr)
-            self.failed = True
-
-
-def _finite(value):
-    """A JSON value with null for numbers that JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def read_metrics(path: Path) -> list[dict]:
-    """The entries of a metrics.jsonl; a last line that a killed run did not finish is left out."""
-    entries = []
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    for number, line in enumerate(lines, start=1):
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise ValueError(f"{path}, line {number}: {error}") from None
-        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
-            raise ValueError(f'{path}, line {number}: not an entry with a "step"')
-        entries.append(entry)
-    return entries
 
 
 # ------------------------------------------------------------------------------------------------ publishing
@@ -304,30 +260,107 @@ def publish(out: Path, force: bool = False) -> Iterator[Path]:
     """
     check_output(out, force)
     out = out.absolute()
+    above = [folder.parent for folder in out.parents if not folder.exists()]
     out.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{out.name}.partial-"
-    with open_directory(out.parent) as parent:
-        # Under the parent's lock no other run sees the staging directory before it is locked. Where the filesystem has
-        # no locks (some NFS), nothing is removed, since nothing says that its run is dead.
-        if lock(parent, wait=True):
-            for stale in out.parent.glob(glob.escape(prefix) + "*"):
-                with contextlib.suppress(OSError), open_directory(stale) as found:
-                    if lock(found):
-                        shutil.rmtree(stale)
-        staging = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
-        alive = os.open(staging, os.O_RDONLY)
-        lock(alive)
-    try:
+    staging = _staging(out)
+    with naming(out), contextlib.ExitStack() as undo:
+        for _ in range(2):  # and before it is there: whenever Ctrl-C comes, also while it is removed, nothing stays
+            undo.callback(shutil.rmtree, staging, ignore_errors=True)
+        # Under the parent's lock no other run sees the staging directory before it is locked.
+        with open_directory(out.parent) as parent:
+            _clear(out, lock(parent, wait=True))
+            check_output(out, force)
+            staging.mkdir(mode=0o700)
+            lock(undo.enter_context(open_directory(staging)))
         yield staging
-        staging.chmod(0o777 & ~_umask())  # mkdtemp makes it private
+        staging.chmod(0o777 & ~umask())
         for path in [*staging.rglob("*"), staging]:
             fsync(path)
-        check_output(out, force)  # it may have come into being meanwhile
-        _swap(staging, out)
-        fsync(out.parent)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        os.close(alive)
+        with open_directory(out.parent) as parent:
+            lock(parent, wait=True)
+            check_output(out, force)  # it may have come into being meanwhile
+            _swap(staging, out)
+            try:
+                for folder in (out.parent, *above):
+                    fsync(folder)
+            except BaseException:
+                _swap(staging, out)  # what fails has changed nothing
+                raise
+
+
+def clear_leftovers(out: Path) -> None:
+    """Remove what killed runs that were to write `out` left beside it: it takes room."""
+    out = out.absolute()
+    if out.parent.is_dir():
+        with open_directory(out.parent) as parent:
+            _clear(out, lock(parent, wait=True))
+
+
+def _clear(out: Path, locked: bool) -> None:
+    """Without locks (on some NFS) nothing says that a run is dead, and what it was writing stays."""
+    aside = _aside(out)
+    if aside.exists() and out.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+    elif aside.exists():
+        aside.rename(out)  # killed between the two renames of `_swap`
+    for stale in _leftovers(out) if locked else ():
+        with contextlib.suppress(OSError), open_directory(stale) as found:
+            if lock(found):
+                shutil.rmtree(stale)
+
+
+def _staging(out: Path) -> Path:
+    return out.with_name(f".{out.name}.partial-{secrets.token_hex(8)}")
+
+
+def _leftovers(out: Path) -> Iterator[Path]:
+    return out.parent.glob(glob.escape(f".{out.name}.partial-") + "*")
+
+
+def _swap(staging: Path, out: Path) -> None:
+    """What stands at these two names changes places; one of them may be nothing.
+
+    In one step where the system can, so that there is something at `out` at every moment. Otherwise what is there
+    steps aside first: a failure puts it back, and after a kill in between the next run does.
+    """
+    if not out.exists():
+        staging.rename(out)
+    elif not staging.exists():
+        out.rename(staging)
+    else:
+        with contextlib.suppress(OSError):
+            return _exchange(staging, out)
+        aside = _aside(out)
+        try:
+            out.rename(aside)
+            staging.rename(out)
+        finally:
+            if aside.exists():
+                aside.rename(staging if out.exists() else out)
+
+
+def _aside(out: Path) -> Path:
+    return out.with_name(f".{out.name}.replaced")
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Linux's renameat2 with RENAME_EXCHANGE, which Python does not have. OSError where the system has none either."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    at_cwd, exchange = -100, 2
+    if rename is None or rename(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange):
+        number = errno.ENOSYS if rename is None else ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(one), None, str(other))
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an OSError that names no file, as those of write() and fsync(), name this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def check_output_file(out: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
@@ -342,34 +375,21 @@ def check_output_file(out: Path, force: bool, inputs: Iterable[Path] = ()) -> No
 def publish_file(out: Path) -> Iterator[typing.TextIO]:
     """A file to write to, which is at `out` when the block has ended well, and on the disk; otherwise nothing is."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    staging = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    try:
-        with open(staging, "w", encoding="utf-8") as file:
-            yield file
+    staging = _staging(out)
+    with naming(out), contextlib.ExitStack() as undo:
+        undo.callback(staging.unlink, missing_ok=True)
+        with open_directory(out.parent) as parent:
+            for stale in _leftovers(out) if lock(parent, wait=True) else ():
+                with contextlib.suppress(OSError), open(stale) as found:
+                    if lock(found.fileno()):
+                        stale.unlink()
+            file = undo.enter_context(open(staging, "w", encoding="utf-8"))
+            lock(file.fileno())
+        yield file
+        file.close()
         fsync(staging)
         staging.replace(out)
         fsync(out.parent)
-    finally:
-        staging.unlink(missing_ok=True)
-
-
-def _swap(staging: Path, out: Path) -> None:
-    """Rename staging to out. A directory cannot be renamed over a full one, so what is there steps aside first.
-
-    A failure puts it back; a kill in between leaves it beside `out`, under a name that no later run removes.
-    """
-    if not out.exists():
-        staging.rename(out)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.replaced-", dir=out.parent))
-    out.rename(aside / out.name)
-    try:
-        staging.rename(out)
-    except BaseException:
-        (aside / out.name).rename(out)
-        aside.rmdir()
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -417,7 +437,7 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _umask() -> int:
+def umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask

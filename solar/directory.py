@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from solar.cli import Progress, check_output, human_bytes
+from solar.cli import Progress, check_output, clear_leftovers, human_bytes
 from solar.config import ModelConfig
 from solar.tensorfile import StoredTensor, Target, parse_json, read_safetensors_header, read_torch_archive
 
@@ -340,6 +340,7 @@ def check_room(readers: list[CheckpointReader], nbytes: int, out: Path, force: b
                 )
         if base.resolve() in out.resolve().parents:
             raise ValueError(f"{out}: the output would stand inside the model {base}; give another directory")
+    clear_leftovers(out)
     check_output(out, force)
     for companion in companions_of(readers[0].path):
         companion.open("rb").close()  # one that cannot be read is found now, not behind 20 GB of weights

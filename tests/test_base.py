@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from solar import base, cli, problems
+from solar import base, problems
 from solar.checkpoint import CheckpointReader, load_model
 from solar.config import TINY
+from solar.metrics import read_metrics
 from solar.tokenizer import Tokenizer
 
 RECORD = json.loads((base.ASSETS / "training.json").read_text(encoding="utf-8"))
@@ -104,4 +105,4 @@ def test_begin_gives_the_same_model_for_the_same_seed(tmp_path, monkeypatch):
         base.begin(base.BeginOptions(out=str(tmp_path / name)))
     files = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
     assert files == {path.name: path.read_bytes() for path in (tmp_path / "b").iterdir()}
-    assert cli.read_metrics(tmp_path / "nothing") == []
+    assert read_metrics(tmp_path / "nothing") == []

@@ -158,7 +158,7 @@ def test_publish_is_all_or_nothing(tmp_path):
         (staging / "config.json").write_text("3")
     assert (out / "config.json").read_text() == "3"
     assert os.listdir(tmp_path) == ["out"]
-    assert out.stat().st_mode & 0o777 == 0o777 & ~cli._umask()
+    assert out.stat().st_mode & 0o777 == 0o777 & ~cli.umask()
 
 
 def test_force_replaces_model_directories_only(tmp_path):
@@ -192,6 +192,7 @@ def test_a_failed_swap_puts_the_old_one_back(tmp_path, monkeypatch):
     out.mkdir()
     (out / "config.json").write_text("old")
     (out / "model.safetensors").write_text("")
+    monkeypatch.setattr(cli, "_exchange", lambda *_: cli.os.rmdir("/no/such"))  # as on a filesystem that cannot
     rename = Path.rename
 
     def fail_into_place(self, target):
@@ -233,7 +234,10 @@ def test_what_a_killed_run_leaves_is_removed_by_the_next_but_a_living_one_is_not
         living.wait()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+STOPPED = {signal.SIGTERM: "terminated\n", signal.SIGHUP: "hangup\n", signal.SIGINT: "interrupted\n"}
+
+
+@pytest.mark.parametrize("number", STOPPED)
 def test_a_run_that_is_stopped_cleans_up(tmp_path, number):
     script = textwrap.dedent(f"""
         import time
@@ -245,11 +249,88 @@ def test_a_run_that_is_stopped_cleans_up(tmp_path, number):
                 time.sleep(60)
         cli.run(main)
     """)
-    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, **pipes)
     assert process.stdout.readline() == "ready\n"
     process.send_signal(number)
-    assert process.wait() == 128 + number
+    assert process.communicate()[1] == STOPPED[number]
+    assert process.returncode == 128 + number
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "message"),
+    [
+        ("raise ValueError('no')", 2, "\nerror: no\n"),
+        ("raise KeyboardInterrupt", 130, "\ninterrupted\n"),
+        ("os.kill(os.getpid(), signal.SIGTERM)", 143, "\nterminated\n"),
+        ("progress.close(); raise ValueError('no')", 2, "\nerror: no\n"),
+        ("os.close(2); os.kill(os.getpid(), signal.SIGHUP)", 129, ""),  # with its terminal
+    ],
+)
+def test_the_last_line_is_one_of_its_own(end, code, message):
+    """Also behind a progress line, which on a terminal has no end."""
+    script = textwrap.dedent(f"""
+        import os, signal, sys
+        from solar import cli
+        sys.stderr.isatty = lambda: True
+        def main():
+            progress = cli.Progress("writing", 100)
+            progress.shown = 0
+            progress.advance(50)
+            {end}
+        cli.run(main)
+    """)
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True)
+    shown = done.stderr.decode()
+    assert done.returncode == code
+    assert shown.startswith("\rwriting  50%")
+    assert shown.rstrip(" ").endswith(message)
+    assert shown.count("\n") == message.count("\n")
+
+
+def test_files_that_killed_runs_left_are_removed(tmp_path):
+    script = textwrap.dedent(f"""
+        import time
+        from pathlib import Path
+        from solar import cli
+        with cli.publish_file(Path({str(tmp_path / "out.jsonl")!r})) as file:
+            file.write("half")
+            print("ready", flush=True)
+            time.sleep(60)
+    """)
+    start = lambda: subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    killed, living = start(), start()
+    assert killed.stdout.readline() == living.stdout.readline() == "ready\n"
+    killed.kill()
+    killed.wait()
+    try:
+        assert len(os.listdir(tmp_path)) == 2
+        with cli.publish_file(tmp_path / "out.jsonl") as file:
+            file.write("whole")
+        left = sorted(os.listdir(tmp_path))
+        assert len(left) == 2
+        assert left[0].startswith(".out.jsonl.partial-")
+        assert (tmp_path / "out.jsonl").read_text() == "whole"
+    finally:
+        living.kill()
+        living.wait()
+
+
+def test_a_write_that_fails_names_the_file(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        for publish in (cli.publish, cli.publish_file):
+            with pytest.raises(OSError) as failure, publish(tmp_path / "out"):
+                pass
+            assert cli.describe(failure.value) == f"{tmp_path}/out: no space left on the disk"
+    assert os.listdir(tmp_path) == []
+    copying = OSError(28, "No space left on device", "source", None, "target")
+    assert cli.describe(copying) == "target: no space left on the disk"
+    assert cli.describe(OSError(2, "No such file", "source", None, "target")) == "source: No such file"
 
 
 def test_progress_in_a_log_is_plain_lines(capsys, monkeypatch):

@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import kernels
+from solar.checkpoint import load_model
 from solar.config import ModelConfig, RopeScaling
 from solar.model import Transformer
 from solar.sampling import generate
@@ -17,6 +19,7 @@ HERE = Path(__file__).parent / "golden"
 LOGITS = np.load(HERE / "logits.npz")
 GREEDY = json.loads((HERE / "greedy.json").read_text())
 CONFIGS = json.loads((HERE / "configs.json").read_text())
+WRITTEN = json.loads((HERE / "written.json").read_text())
 cases = pytest.mark.parametrize("case", tiny.CASES)
 forms = pytest.mark.parametrize("form", ["reference", "torch"])
 
@@ -73,6 +76,24 @@ def test_greedy_generation(form, case):
         assert generate(model, [generation["prompt"]], len(generation["new"])) == [generation["new"]]
     both = generate(model, [generation["prompt"] for generation in stored], 16)
     assert both == [generation["new"] for generation in stored]
+
+
+@pytest.mark.parametrize("case", WRITTEN)
+def test_what_transformers_wrote_opens(case, tmp_path):
+    """A directory of its save_pretrained: as it was, but for the weights, which are made again."""
+    written = WRITTEN[case]
+    (tmp_path / "config.json").write_text(json.dumps(written["config"]))
+    if written["index"]:
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(written["index"]))
+    state = {name: torch.from_numpy(array) for name, array in tiny.state(tiny.CASES[case]).items()}
+    for name, shard in written["shards"].items():
+        dtype = getattr(torch, shard["dtype"])
+        save_file({tensor: state[tensor].to(dtype) for tensor in shard["tensors"]}, tmp_path / name, {"format": "pt"})
+    model = load_model(tmp_path)
+    assert str(model.config.torch_dtype) == shard["dtype"]
+    assert all(torch.equal(tensor, state[name].to(dtype)) for name, tensor in model.named_parameters())
+    if dtype == torch.float32:
+        assert distance(model, case) < 1e-4
 
 
 @cases

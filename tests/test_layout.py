@@ -17,7 +17,7 @@ LAYERS = {
     ],
     1: [
         "model", "meter", "corpus", "tokens", "packing", "logps", "seeds", "instructions", "agree",
-        "directory", "elements",
+        "directory", "elements", "metrics",
     ],
     2: ["checkpoint", "shards", "rephrase", "contamination", "manifest"],
     3: ["upscale", "merge", "sampling", "data", "dist", "restore", "examples"],

@@ -1,5 +1,6 @@
 """Depth up-scaling: streamed, loaded and in-memory agree bit for bit; whatever fails, nothing half done is left."""
 
+import contextlib
 import copy
 import errno
 import hashlib
@@ -729,9 +730,9 @@ for line in sys.stdin:
     for name, value in job["limits"].items():
         resource.setrlimit(getattr(resource, name), (value, value))
     exec(job["before"])
-    module, sys.argv = sys.argv[1], [sys.argv[1], *job["argv"]]
+    sys.argv = [job["module"], *job["argv"]]
     try:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        runpy.run_module(job["module"], run_name="__main__", alter_sys=True)
     except SystemExit as leaving:
         code = leaving.code
     except BaseException:
@@ -744,10 +745,10 @@ for line in sys.stdin:
 
 
 class Nursery:
-    def __init__(self, folder: Path, module: str = "solar.upscale"):
-        self.folder, self.count = folder, 0
+    def __init__(self, folder: Path, module: str = "solar.upscale", prefix: tuple[str, ...] = ()):
+        self.folder, self.module, self.count = folder, module, 0
         self.process = subprocess.Popen(
-            [sys.executable, "-c", NURSERY, module],
+            [*prefix, sys.executable, "-c", NURSERY],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -756,18 +757,25 @@ class Nursery:
         )
         assert self.process.stdout.readline() == "ready\n"
 
-    def start(self, *argv, before: str = "", after: str = "", **limits: int) -> SimpleNamespace:
+    def start(self, *argv, module: str = "", before: str = "", after: str = "", **limits: int) -> SimpleNamespace:
         self.count += 1
         out, err = self.folder / f"{self.count}.out", self.folder / f"{self.count}.err"
         out.touch(), err.touch()
-        job = {"argv": [*map(str, argv)], "before": before, "after": after, "limits": limits}
+        job = {
+            "module": module or self.module,
+            "argv": [*map(str, argv)],
+            "before": before,
+            "after": after,
+            "limits": limits,
+        }
         self.process.stdin.write(json.dumps(job | {"stdout": str(out), "stderr": str(err)}) + "\n")
         self.process.stdin.flush()
         return SimpleNamespace(pid=int(self.process.stdout.readline()), out=out, err=err)
 
     def finish(self, job: SimpleNamespace, send: signal.Signals | None = None) -> SimpleNamespace:
         if send is not None:
-            os.kill(job.pid, send)
+            with contextlib.suppress(ProcessLookupError):  # it has ended already
+                os.kill(job.pid, send)
         code = int(self.process.stdout.readline())
         return SimpleNamespace(code=code, out=job.out.read_text(), err=job.err.read_text())
 

@@ -378,8 +378,6 @@ def record_versions(*packages: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mergekit", action="store_true", help="make passthrough.json and merged.npz, needs mergekit")
-
-    parser.add_argument("--mergekit", action="store_true", help="make passthrough.json, needs mergekit")
     parser.add_argument("--trl", action="store_true", help="make preferences.json, needs trl")
     parser.add_argument("--compare", metavar="MODEL_DIR", help="run a real model instead, needs transformers")
     parser.add_argument("--out", metavar="FILE.npz", help="where --compare saves")
