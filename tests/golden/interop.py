@@ -182,7 +182,7 @@ def train(folder: Path, made: Path, dtype: str, tied: bool) -> Path:
     command += ["--eval-every", 0, "--workers", 1, "--device", "cpu"]
     done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    shutil.rmtree(made)
+    shutil.rmtree(made, ignore_errors=True)
     (folder / "run" / "model").rename(made)
     for left in ("run", "base"):
         shutil.rmtree(folder / left)
@@ -293,7 +293,8 @@ def mergekit_makes(out: Path, recipe: dict) -> Path:
 def run_mergekit(folder: Path, real: Path | None, table: Table) -> None:
     out = folder / "theirs"
     cases = ("llama_gqa_head_dim", "llama_tied", "llama_biases", "mistral_window")  # each takes minutes
-    for writer, variant, directory in table.some(what_we_write(folder, real, cases)):
+    for number, (writer, variant, made) in enumerate(table.some(what_we_write(folder, real, cases))):
+        directory = made.rename(folder / f"made{number}")  # mergekit remembers what it has read by its path
         ours = load_model(directory)
         dtype = str(next(ours.parameters()).dtype).removeprefix("torch.")
         slices = [{"sources": [{"model": str(directory), "layer_range": [0, ours.config.num_hidden_layers]}]}]
@@ -304,7 +305,9 @@ def run_mergekit(folder: Path, real: Path | None, table: Table) -> None:
                 ids = ids_for(ours.config)
                 check_near(our_logits(out, ids), our_logits(directory, ids), 0.0)
         with table.row(writer, "mergekit linear", variant):
-            models = [{"model": str(directory), "parameters": {"weight": weight}} for weight in (0.25, 0.75)]
+            twin = shutil.copytree(directory, folder / f"twin{number}")
+            pairs = zip((directory, twin), (0.25, 0.75), strict=True)
+            models = [{"model": str(model), "parameters": {"weight": weight}} for model, weight in pairs]
             mergekit_makes(out, {"models": models, "merge_method": "linear", "dtype": dtype})
             with table.row("mergekit linear", "solar load_model", variant):
                 check_same(dict(load_model(out).state_dict()), dict(ours.state_dict()))
@@ -312,7 +315,7 @@ def run_mergekit(folder: Path, real: Path | None, table: Table) -> None:
         grown = []
         for seed in (0, 1):
             base = tiny.write(case, folder / "base", "float32", seed)
-            grown.append(upscale(base, folder / f"grown{seed}", "dus:1", force=True))
+            grown.append(upscale(base, folder / f"{case}{seed}", "dus:1", force=True))
         with table.row("solar upscale dus", "mergekit linear = solar merge", case):
             models = [
                 {"model": str(model), "parameters": {"weight": weight}}
