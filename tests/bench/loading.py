@@ -53,7 +53,7 @@ def serve(what: str, directory: str, dtype: str) -> None:
     weights = load()
     loaded, worked = time.perf_counter() - start, time.process_time() - worked
     for tensor in weights.values():
-        tensor.view(torch.int32).sum()
+        tensor.view(torch.int32).max()  # a sum would need memory: it is one of int64
     print(json.dumps([loaded, time.perf_counter() - start, worked, held]), flush=True)
     os._exit(0)  # nobody waits for torch to tidy up
 
