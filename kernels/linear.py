@@ -12,10 +12,14 @@ time the same for dW, which MKL keeps), and 0.55 with a single row, which is wha
 """
 
 import functools
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+WIDENED_FROM = 32  # rows
+WIDENED_BLOCK = 1 << 20  # numbers
 
 
 def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -25,13 +29,18 @@ def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
 
 def linear_torch(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear, but for fp32 on a CPU where oneDNN can be asked directly. (torch.compile chooses for itself.)"""
-    plain = x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32
-    if plain or torch.compiler.is_compiling() or not _has_onednn():
+    """F.linear, but on a CPU for fp32, where oneDNN can be asked directly, and for 16 bits where they must be widened.
+
+    (torch.compile chooses for itself.)
+    """
+    learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or x.dtype != weight.dtype or not _has_onednn():
         return F.linear(x, weight, bias)
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return _Linear.apply(x, weight, bias)
-    return product(x, weight, bias)
+    if x.dtype == torch.float32:
+        return (_Linear.apply if learns else product)(x, weight, bias)
+    if learns or multiplies_natively(x.dtype) or x.numel() < WIDENED_FROM * x.shape[-1]:
+        return F.linear(x, weight, bias)
+    return _widened(x, weight, bias)
 
 
 @functools.cache
@@ -43,6 +52,18 @@ def _has_onednn() -> bool:
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """oneDNN's x W^T + b of fp32 tensors, without a gradient; the weight may be a transposed view."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def _widened(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b of 16-bit tensors, computed in fp32 and rounded once. The weight is widened block by block, so that a
+    block is multiplied while it lies in the cache, and no fp32 copy of a whole weight is ever held."""
+    size = max(WIDENED_BLOCK // weight.shape[1], 1)
+    wide, y = x.float(), x.new_empty(*x.shape[:-1], len(weight))
+    blocks, outputs = weight.split(size), y.split(size, dim=-1)
+    biases = [None] * len(blocks) if bias is None else bias.float().split(size)
+    for block, b, output in zip(blocks, biases, outputs, strict=True):
+        output.copy_(product(wide, block.float(), b))
+    return y
 
 
 class _Linear(torch.autograd.Function):
@@ -61,3 +82,86 @@ class _Linear(torch.autograd.Function):
             rows.T @ x.flatten(0, -2) if want_dw else None,
             rows.sum(0) if want_db else None,
         )
+
+
+# ---------------------------------------------------------------------------------------------------- prepared weights
+#
+# A product with one row is a weighted sum of the weight's columns, y = sum_j x_j W[:, j], and what limits it is reading
+# the weight from memory. Libraries tune products with many rows; with one they read at half of what memory gives, or
+# less. torch has an operator that is nothing but a weighted sum of rows, `embedding_bag`, whose kernels (FBGEMM's) are
+# compiled for the processor at hand, fetch ahead, and turn 16-bit weights into fp32 in registers. So the weight is laid
+# out as tiles, each D rows of as many adjacent numbers as the tile has outputs. A tile is a bag, whose sum stays in
+# registers while the tile is read from end to end, and the bags are dealt out to the threads evenly.
+
+
+Form = Literal["own", "tiles", "half"]
+TILE = 64
+LARGEST_HALF = 65504
+
+
+@functools.cache
+def has_fbgemm() -> bool:
+    """Whether torch has FBGEMM's kernels on this processor: an x86 with AVX2."""
+    fast = torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    return fast and torch.backends.quantized.engine in ("x86", "fbgemm")
+
+
+@functools.cache
+def multiplies_natively(dtype: torch.dtype) -> bool:
+    """Whether this processor multiplies numbers of this dtype itself, and oneDNN has products of them."""
+    name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
+    return name is None or (hasattr(torch.ops.mkldnn, name) and getattr(torch.ops.mkldnn, name)())
+
+
+class _Bags:
+    """What `embedding_bag` is given beside the tiles: the same for all weights of one shape."""
+
+    def __init__(self, count: int, D: int, dtype: torch.dtype):
+        self.indices = torch.arange(count * D, dtype=torch.int32)
+        self.offsets = torch.arange(0, count * D + 1, D, dtype=torch.int32)
+        self.rows = torch.empty(count, D, dtype=dtype)  # the row, once for each bag
+        self.factors = self.rows.view(-1)
+
+
+class PreparedLinear:
+    """Projections of one input as one product, for few rows: (N, D) -> (N, O), the outputs side by side.
+
+    form: "tiles", for one row; "half", for several rows and weights of 16 bits; "own", the weights as they are. The
+    first two copy the weights. Rows may be fp32 whatever the weights are; so may results.
+    shared: a dict for what those that are made together can have in common, empty at first.
+    """
+
+    def __init__(self, weights: list[Tensor], biases: list[Tensor | None], form: Form, shared: dict):
+        self.weights, self.size, D = weights, sum(map(len, weights)), weights[0].shape[1]
+        self.bias = None if biases[0] is None else torch.cat(biases)
+        whole = weights[0] if form == "own" or len(weights) == 1 else torch.cat(weights)
+        if form == "half" and whole.abs().max() > LARGEST_HALF:
+            form = "own"
+        self.product = {"tiles": self._tiles, "half": self._half, "own": self._own}[form]
+        if form == "tiles":
+            tile = TILE if self.size <= 8192 else 256
+            padded = F.pad(whole, (0, 0, 0, -self.size % tile)) if self.size % tile else whole
+            self.table = padded.unflatten(0, (-1, tile)).mT.reshape(-1, tile)  # (O / tile * D, tile)
+            key = (len(self.table) // D, D)
+            self.bags = shared[key] = shared.get(key) or _Bags(*key, whole.dtype)
+        elif form == "half":
+            self.packed = torch.ops.quantized.linear_prepack_fp16(whole.float(), None)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self.product(x)
+        return y if self.bias is None else y.add_(self.bias)
+
+    def _tiles(self, x: Tensor) -> Tensor:
+        bags = self.bags
+        bags.rows.copy_(x)
+        y, *_ = torch.embedding_bag(self.table, bags.indices, bags.offsets, False, 0, False, bags.factors, True)
+        y = y.view(1, -1)
+        return y if y.shape[1] == self.size else y[:, : self.size]
+
+    def _half(self, x: Tensor) -> Tensor:
+        return torch.ops.quantized.linear_dynamic_fp16(x.float(), self.packed)
+
+    def _own(self, x: Tensor) -> Tensor:
+        x = x.to(self.weights[0].dtype)
+        made = [linear_torch(x, weight) for weight in self.weights]
+        return torch.cat(made, dim=-1) if len(made) > 1 else made[0]

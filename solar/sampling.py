@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from solar.decoding import prepare
 from solar.model import KVCache, Transformer
 
 PREFILL_CHUNK = 1024  # prompt tokens in one forward pass, of all rows together: bounds the memory that it takes
@@ -123,6 +124,7 @@ def generate(
     for row, generator in enumerate(generators):
         generator.seed() if seed is None else generator.manual_seed(seed + row)
 
+    prepared = prepare(model, B, longest + max_new_tokens, max_new_tokens)
     cache = KVCache(model.config, B, longest + max_new_tokens, weight.dtype, device)
     chunk = max(PREFILL_CHUNK // B, 1)
     for at in range(0, longest, chunk):
@@ -156,5 +158,5 @@ def generate(
             break
         if repetition_penalty != 1.0:
             seen.scatter_(1, chosen[:, None], True)
-        logits = model(chosen[:, None], cache=cache)
+        logits = (prepared or model)(chosen[:, None], cache=cache)
     return new

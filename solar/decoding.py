@@ -1,0 +1,122 @@
+"""A model made ready for decoding on a CPU: one new token for each sequence, against a KV cache.
+
+What limits a step is reading every weight once from memory; what a step of `solar/model.py` adds to that is the time of
+libraries on products with one row, and of Python and torch's dispatcher on some forty small operations a layer. So the
+weights are laid out for products with one row (`kernels/linear.py`), projections of the same input are one product,
+rotary angles come from a table, and the operations are few. The results are the model's, up to rounding; between the
+products everything is fp32, also where the weights have 16 bits.
+
+Shapes: B sequences, D hidden, F intermediate, H query heads, K key and value heads, E head_dim, P positions, V
+vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import kernels
+import solar.model as plain
+from kernels.linear import Form, PreparedLinear, has_fbgemm, multiplies_natively
+from solar.model import DecoderLayer, KVCache, Transformer, rotary_table
+
+PAYS_FROM = 16  # new tokens
+HALF_PAYS_FROM = 128  # new tokens of all sequences together
+MAX_COPIED_BYTES = 2 << 30
+PARTS = {nn.Embedding, nn.ModuleList, Transformer, plain.Decoder}
+PARTS |= {DecoderLayer, plain.Attention, plain.MLP, plain.Linear, plain.RMSNorm}
+
+
+def prepare(model: Transformer, batch: int, length: int, new_tokens: int) -> "PreparedTransformer | None":
+    """The model made ready to decode `new_tokens` for each of `batch` sequences, of at most `length` positions.
+
+    None where the model itself should go on: on a GPU, in fp64, with few tokens to come, where `kernels.select` asks
+    for the reference, or when anything in it is not what solar/model.py builds (a hook, an adapter, a compiled layer).
+    """
+    weight = model.model.embed_tokens.weight
+    served = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    if new_tokens < PAYS_FROM or not served or kernels.kind(weight) != "torch" or not _is_plain(model):
+        return None
+    return PreparedTransformer(model, length, choose_form(model, batch, new_tokens))
+
+
+def choose_form(model: Transformer, batch: int, new_tokens: int) -> Form:
+    """How the weights should lie. A model of which more than MAX_COPIED_BYTES would be copied stays as it is.
+
+    So a large model that is mapped to its files takes no memory of its own, and its steps, which last a second and
+    more, gain little from what is saved between the products.
+    """
+    dtype = model.model.embed_tokens.weight.dtype
+    copied = sum(parameter.nbytes for part in {*model.model.layers, head(model)} for parameter in part.parameters())
+    if copied > MAX_COPIED_BYTES or not has_fbgemm():
+        return "own"
+    if batch == 1:
+        return "tiles"
+    pays = not multiplies_natively(dtype) and batch * new_tokens >= HALF_PAYS_FROM
+    return "half" if pays else "own"
+
+
+def head(model: Transformer) -> nn.Module:
+    """The module whose weight projects to the vocabulary."""
+    return model.model.embed_tokens if model.config.tie_word_embeddings else model.lm_head
+
+
+def _is_plain(model: Transformer) -> bool:
+    hung = lambda part: part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part)
+    return all(type(part) in PARTS and not hung(part) for part in model.modules())
+
+
+class PreparedLayer:
+    """What a step needs of one decoder layer."""
+
+    def __init__(self, layer: DecoderLayer, form: Form, shared: dict):
+        attention, mlp = layer.self_attn, layer.mlp
+        together = lambda *parts: PreparedLinear([p.weight for p in parts], [p.bias for p in parts], form, shared)
+        self.qkv = together(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.output = together(attention.o_proj)
+        self.gate_up = together(mlp.gate_proj, mlp.up_proj)
+        self.down = together(mlp.down_proj)
+        self.input_norm = layer.input_layernorm.weight.float()
+        self.post_attention_norm = layer.post_attention_layernorm.weight.float()
+
+
+class PreparedTransformer:
+    """Decodes with the weights that `model` has now; a layer that stands at several positions is laid out once."""
+
+    @torch.inference_mode()
+    def __init__(self, model: Transformer, length: int, form: Form):
+        self.config, self.form = model.config, form
+        shared: dict = {}
+        made = {layer: PreparedLayer(layer, form, shared) for layer in set(model.model.layers)}
+        self.layers = [made[layer] for layer in model.model.layers]
+        self.embedding = model.model.embed_tokens.weight
+        self.norm = model.model.norm.weight.float()
+        self.head = PreparedLinear([head(model).weight], [None], form, shared)
+        cos, sin = rotary_table(torch.arange(length), self.config)
+        # (P, 2, E): with both halves side by side, y = x cos + (x, its halves exchanged) sin
+        self.turns = torch.stack((torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)), dim=1)
+
+    @torch.inference_mode()
+    def __call__(self, input_ids: Tensor, cache: KVCache) -> Tensor:
+        """(B, 1) ids that follow what the cache holds, and are added to it -> logits (B, 1, V), fp32."""
+        config, B = self.config, len(input_ids)
+        D, F_, E = config.hidden_size, config.intermediate_size, config.head_dim
+        H, K = config.num_attention_heads, config.num_key_value_heads
+        norm = lambda x, weight: torch.rms_norm(x, (D,), weight, config.rms_norm_eps)
+
+        positions, document_ids, key_document_ids = cache.locate(None, B, 1)
+        cos, sin = self.turns[positions].unbind(dim=2)  # (B or 1, 1, E) each
+        mask = None if document_ids is None else (key_document_ids == document_ids)[:, None, None]
+
+        x = F.embedding(input_ids[:, 0], self.embedding).float()
+        for index, layer in enumerate(self.layers):
+            qkv = layer.qkv(norm(x, layer.input_norm)).view(B, H + 2 * K, E)
+            qk = qkv.narrow(1, 0, H + K).float()
+            qk = (qk * cos).addcmul_(qk.roll(E // 2, -1), sin)
+            k, v = cache.append(index, qk.narrow(1, H, K).unsqueeze(2), qkv.narrow(1, H + K, K).unsqueeze(2))
+            # The queries of a group see the same keys, so they stand as the positions of one query head.
+            q = qk.narrow(1, 0, H).view(B, K, H // K, E).to(k.dtype)
+            x += layer.output(F.scaled_dot_product_attention(q, k, v, mask).view(B, H * E))
+            both = layer.gate_up(norm(x, layer.post_attention_norm))
+            x += layer.down(F.silu(both.narrow(1, 0, F_)).mul_(both.narrow(1, F_, F_)))
+        cache.length += 1
+        return self.head(norm(x, self.norm)).float()[:, None]
