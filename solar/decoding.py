@@ -26,8 +26,8 @@ PARTS = {nn.Embedding, nn.ModuleList, Transformer, plain.Decoder}
 PARTS |= {DecoderLayer, plain.Attention, plain.MLP, plain.Linear, plain.RMSNorm}
 
 
-def prepare(model: Transformer, batch: int, length: int, new_tokens: int) -> "PreparedTransformer | None":
-    """The model made ready to decode `new_tokens` for each of `batch` sequences, of at most `length` positions.
+def prepare(model: Transformer, batch: int, new_tokens: int) -> "PreparedTransformer | None":
+    """The model made ready to decode `new_tokens` for each of `batch` sequences.
 
     None where the model itself should go on: on a GPU, in fp64, with few tokens to come, where `kernels.select` asks
     for the reference, or when anything in it is not what solar/model.py builds (a hook, an adapter, a compiled layer).
@@ -36,7 +36,7 @@ def prepare(model: Transformer, batch: int, length: int, new_tokens: int) -> "Pr
     served = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
     if new_tokens < PAYS_FROM or not served or kernels.kind(weight) != "torch" or not _is_plain(model):
         return None
-    return PreparedTransformer(model, length, choose_form(model, batch, new_tokens))
+    return PreparedTransformer(model, choose_form(model, batch, new_tokens))
 
 
 def choose_form(model: Transformer, batch: int, new_tokens: int) -> Form:
@@ -83,7 +83,7 @@ class PreparedTransformer:
     """Decodes with the weights that `model` has now; a layer that stands at several positions is laid out once."""
 
     @torch.inference_mode()
-    def __init__(self, model: Transformer, length: int, form: Form):
+    def __init__(self, model: Transformer, form: Form):
         self.config, self.form = model.config, form
         shared: dict = {}
         made = {layer: PreparedLayer(layer, form, shared) for layer in set(model.model.layers)}
@@ -91,9 +91,12 @@ class PreparedTransformer:
         self.embedding = model.model.embed_tokens.weight
         self.norm = model.model.norm.weight.float()
         self.head = PreparedLinear([head(model).weight], [None], form, shared)
+        self.turns = self._turns(1024)
+
+    def _turns(self, length: int) -> Tensor:
+        """(P, 2, E) fp32: what a head is multiplied by, and what it is with its halves exchanged."""
         cos, sin = rotary_table(torch.arange(length), self.config)
-        # (P, 2, E): with both halves side by side, y = x cos + (x, its halves exchanged) sin
-        self.turns = torch.stack((torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)), dim=1)
+        return torch.stack((torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)), dim=1)
 
     @torch.inference_mode()
     def __call__(self, input_ids: Tensor, cache: KVCache) -> Tensor:
@@ -104,6 +107,8 @@ class PreparedTransformer:
         norm = lambda x, weight: torch.rms_norm(x, (D,), weight, config.rms_norm_eps)
 
         positions, document_ids, key_document_ids = cache.locate(None, B, 1)
+        if cache.length >= len(self.turns):
+            self.turns = self._turns(2 * cache.length)
         cos, sin = self.turns[positions].unbind(dim=2)  # (B or 1, 1, E) each
         mask = None if document_ids is None else (key_document_ids == document_ids)[:, None, None]
 

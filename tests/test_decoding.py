@@ -71,7 +71,7 @@ def logits_of(model: Transformer, lengths: tuple[int, ...], form: str | None = N
     length = input_ids.shape[1] + 12
     cache = KVCache(model.config, len(lengths), length, dtype, "cpu")
     model(input_ids, document_ids=document_ids if len(set(lengths)) > 1 else None, cache=cache)
-    step = model if form is None else PreparedTransformer(model, length, form)
+    step = model if form is None else PreparedTransformer(model, form)
     tokens = torch.randint(0, SMALL.vocab_size, (12, len(lengths), 1), generator=torch.Generator().manual_seed(1))
     return torch.cat([step(ids, cache=cache) for ids in tokens], dim=1).transpose(0, 1).double()
 
@@ -178,7 +178,7 @@ def test_a_large_model_stays_as_it_is(made, monkeypatch):
 
 def test_own_copies_no_weight():
     model = build(dtype=torch.bfloat16, attention_bias=True)
-    prepared = PreparedTransformer(model, 32, "own")
+    prepared = PreparedTransformer(model, "own")
     stored = {parameter.data_ptr() for parameter in model.parameters()}
     held = [weight for layer in prepared.layers for part in (layer.qkv, layer.down) for weight in part.weights]
     assert all(weight.data_ptr() in stored for weight in held)
@@ -205,28 +205,28 @@ def test_16_bit_weights_are_those_of_the_model(form):
 
 def test_what_is_not_prepared():
     model = build()
-    assert prepare(model, 1, 64, 16) is not None
-    assert prepare(model, 1, 64, 15) is None
-    assert prepare(build(dtype=torch.float64), 1, 64, 16) is None
+    assert prepare(model, 1, 16) is not None
+    assert prepare(model, 1, 15) is None
+    assert prepare(build(dtype=torch.float64), 1, 16) is None
     with torch.device("meta"):
-        assert prepare(Transformer(SMALL), 1, 64, 16) is None
+        assert prepare(Transformer(SMALL), 1, 16) is None
     before = kernels.select("reference")
     try:
-        assert prepare(model, 1, 64, 16) is None
+        assert prepare(model, 1, 16) is None
     finally:
         kernels.select(before)
     for part in (model, model.model.layers[1].mlp, model.lm_head):
         for hang in (part.register_forward_hook, part.register_forward_pre_hook):
             hook = hang(lambda *_: None)
-            assert prepare(model, 1, 64, 16) is None
+            assert prepare(model, 1, 16) is None
             hook.remove()
-    assert prepare(model, 1, 64, 16) is not None
+    assert prepare(model, 1, 16) is not None
 
     class Adapted(nn.Linear):
         pass
 
     model.model.layers[1].self_attn.v_proj = Adapted(48, 16, bias=False)
-    assert prepare(model, 1, 64, 16) is None
+    assert prepare(model, 1, 16) is None
 
 
 def test_weights_that_change_between_two_calls():
