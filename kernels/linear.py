@@ -7,8 +7,11 @@ Shapes: x (..., D), weight (O, D), bias (O,) -> (..., O), in their dtype.
 On a GPU the product is the library's own, and so it is on a CPU, where there are two of them. For fp32 torch takes MKL,
 whose fast paths are for Intel's processors alone; oneDNN compiles a product for the processor at hand. On a Zen 4 it
 takes 0.82-0.90 of MKL's time for y and 0.85-0.95 for dx (2,048 rows, D and O from 96 to 2,048; within a tenth of the
-time the same for dW, which MKL keeps), and 0.55 with a single row, which is what generating a token asks for. For
-16-bit types torch takes oneDNN by itself.
+time the same for dW, which MKL keeps), and 0.55 with a single row. For 16-bit types torch takes oneDNN by itself, where
+the processor multiplies them; where it does not, torch's own loop remains, at 13 GFLOP/s on two cores of a Zen 3 that
+reach 70 in fp32. There many rows are multiplied in fp32.
+
+Generating a token asks for products with a single row, or a few: `PreparedLinear` is for those.
 """
 
 import functools
@@ -18,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-WIDENED_FROM = 32  # rows
-WIDENED_BLOCK = 1 << 20  # numbers
+WIDENED_FROM = 32  # rows: with fewer, to widen the weight takes longer than it saves
+WIDENED_BLOCK = 1 << 20  # numbers of a weight: 4 MB in fp32
 
 
 def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -55,8 +58,11 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _widened(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x W^T + b of 16-bit tensors, computed in fp32 and rounded once. The weight is widened block by block, so that a
-    block is multiplied while it lies in the cache, and no fp32 copy of a whole weight is ever held."""
+    """x W^T + b of 16-bit tensors, computed in fp32 and rounded once, without a gradient.
+
+    The weight is widened block by block: a block is multiplied while it lies in the cache, and no whole weight is ever
+    held in fp32.
+    """
     size = max(WIDENED_BLOCK // weight.shape[1], 1)
     wide, y = x.float(), x.new_empty(*x.shape[:-1], len(weight))
     blocks, outputs = weight.split(size), y.split(size, dim=-1)
@@ -92,11 +98,15 @@ class _Linear(torch.autograd.Function):
 # compiled for the processor at hand, fetch ahead, and turn 16-bit weights into fp32 in registers. So the weight is laid
 # out as tiles, each D rows of as many adjacent numbers as the tile has outputs. A tile is a bag, whose sum stays in
 # registers while the tile is read from end to end, and the bags are dealt out to the threads evenly.
+#
+# With several rows and weights of 16 bits that the processor does not multiply, FBGEMM has a product of fp32 rows with
+# fp16 weights, packed beforehand. fp16 holds every bf16 weight between 2^-17 and 65504 exactly; of smaller ones it
+# loses what lies below 2^-24, a millionth of a usual weight; and where there is a larger one the weights stay as they
+# are.
 
 
 Form = Literal["own", "tiles", "half"]
-TILE = 64
-LARGEST_HALF = 65504
+LARGEST_HALF = 65504.0  # of fp16
 
 
 @functools.cache
@@ -124,11 +134,12 @@ class _Bags:
 
 
 class PreparedLinear:
-    """Projections of one input as one product, for few rows: (N, D) -> (N, O), the outputs side by side.
+    """Projections of one input as one product, for few rows and without a gradient: (N, D) -> (N, O).
 
-    form: "tiles", for one row; "half", for several rows and weights of 16 bits; "own", the weights as they are. The
-    first two copy the weights. Rows may be fp32 whatever the weights are; so may results.
-    shared: a dict for what those that are made together can have in common, empty at first.
+    O counts the outputs of all `weights` (O_i, D), which share one dtype; `biases` (O_i,) are all there or all None.
+    form: "tiles", for a single row; "half", for weights of 16 bits; "own", the weights as they are. The first two copy
+    the weights. The rows may be fp32 whatever the weights are, and so may the result.
+    shared: a dict, empty at first, for what the products that are made together have in common.
     """
 
     def __init__(self, weights: list[Tensor], biases: list[Tensor | None], form: Form, shared: dict):
@@ -139,7 +150,7 @@ class PreparedLinear:
             form = "own"
         self.product = {"tiles": self._tiles, "half": self._half, "own": self._own}[form]
         if form == "tiles":
-            tile = TILE if self.size <= 8192 else 256
+            tile = 64 if self.size <= 8192 else 128  # the row stands in memory once for each tile: not too many of them
             padded = F.pad(whole, (0, 0, 0, -self.size % tile)) if self.size % tile else whole
             self.table = padded.unflatten(0, (-1, tile)).mT.reshape(-1, tile)  # (O / tile * D, tile)
             key = (len(self.table) // D, D)

@@ -19,8 +19,8 @@ import solar.model as plain
 from kernels.linear import Form, PreparedLinear, has_fbgemm, multiplies_natively
 from solar.model import DecoderLayer, KVCache, Transformer, rotary_table
 
-PAYS_FROM = 16  # new tokens
-HALF_PAYS_FROM = 128  # new tokens of all sequences together
+PAYS_FROM = 16  # new tokens of a sequence: to lay out the weights takes as long as five to ten steps
+HALF_PAYS_FROM = 128  # new tokens of all sequences together: packing is slow, and each row saves
 MAX_COPIED_BYTES = 2 << 30
 PARTS = {nn.Embedding, nn.ModuleList, Transformer, plain.Decoder}
 PARTS |= {DecoderLayer, plain.Attention, plain.MLP, plain.Linear, plain.RMSNorm}
