@@ -6,6 +6,9 @@ over the turns: the time to the first token, what is made ready for decoding inc
 the last; GB/s of weights read meanwhile, beside the most that this machine gave torch from memory; ratios are those of
 the turns. Memory is the most that a process had resident (`VmHWM`), its mapped weights included.
 
+On a machine that others use, OMP_NUM_THREADS=1 and --cpu-seconds compare what each process was given of a core instead
+of the time that passed.
+
 Without --peer it only measures ours. A case has processes of its own: --batch 1 4 --prompt 64 8192 are four cases.
 """
 
@@ -43,16 +46,16 @@ def write_model(shape: str, dtype: str, longest: int, path: Path) -> None:
     save_model(model, path, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[dtype], force=True)
 
 
-def serve(generate) -> None:
+def serve(generate, clock) -> None:
     """For each line on stdin, run generate(count, note), which calls `note` after each token, and print its times."""
     for line in sys.stdin:
         times: list[float] = []
-        start = time.perf_counter()
-        generate(int(line), lambda times=times: times.append(time.perf_counter()))
+        start = clock()
+        generate(int(line), lambda times=times: times.append(clock()))
         print(json.dumps([times[0] - start, times[-1] - times[0], memory()]), flush=True)
 
 
-def ours(path: str, batch: int, length: int) -> None:
+def ours(path: str, batch: int, length: int, clock) -> None:
     from solar.checkpoint import load_model
     from solar.sampling import generate
 
@@ -62,10 +65,10 @@ def ours(path: str, batch: int, length: int) -> None:
     def run(count: int, note) -> None:
         generate(model, prompts, count, on_token=lambda row, token: note() if row == 0 else None)
 
-    serve(run)
+    serve(run, clock)
 
 
-def theirs(path: str, batch: int, length: int) -> None:
+def theirs(path: str, batch: int, length: int, clock) -> None:
     import torch
     from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
 
@@ -92,7 +95,7 @@ def theirs(path: str, batch: int, length: int) -> None:
         )
         assert made.shape == (batch, length + count)
 
-    serve(run)
+    serve(run, clock)
 
 
 def bandwidth() -> float:
@@ -118,8 +121,8 @@ def weight_bytes(shape: str, dtype: str) -> int:
 
 
 def measure(options, shape: str, dtype: str, batch: int, length: int, path: Path) -> str:
-    tail = [str(path), str(batch), str(length)]
-    serving = lambda what: ["-m", "tests.bench.generation", "--serve", what, *tail]
+    tail = [*["--cpu-seconds"] * options.cpu_seconds, "--serve"]
+    serving = lambda what: ["-m", "tests.bench.generation", *tail, what, str(path), str(batch), str(length)]
     workers = {"ours": Worker([sys.executable, *serving("ours")])}
     if options.peer:
         workers["theirs"] = Worker([options.peer, *serving("theirs")])
@@ -151,12 +154,14 @@ def main() -> None:
     parser.add_argument("--batch", nargs="+", type=int, default=[1], help="prompts side by side")
     parser.add_argument("--prompt", nargs="+", type=int, default=[64], help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=128, help="tokens that follow each prompt")
+    parser.add_argument("--cpu-seconds", action="store_true", help="compare CPU time, not the time that passed")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--serve", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
         what, path, batch, length = options.serve
-        {"ours": ours, "theirs": theirs}[what](path, int(batch), int(length))
+        clock = time.process_time if options.cpu_seconds else time.perf_counter
+        {"ours": ours, "theirs": theirs}[what](path, int(batch), int(length), clock)
         return
     print(f"memory gives {bandwidth():.1f} GB/s", flush=True)
     for shape in options.shape:
