@@ -148,7 +148,7 @@ class PreparedLinear:
         whole = weights[0] if form == "own" or len(weights) == 1 else torch.cat(weights)
         if form == "half" and whole.abs().max() > LARGEST_HALF:
             form = "own"
-        self.product = {"tiles": self._tiles, "half": self._half, "own": self._own}[form]
+        self.form = form
         if form == "tiles":
             tile = 64 if self.size <= 8192 else 128  # the row stands in memory once for each tile: not too many of them
             padded = F.pad(whole, (0, 0, 0, -self.size % tile)) if self.size % tile else whole
@@ -159,20 +159,14 @@ class PreparedLinear:
             self.packed = torch.ops.quantized.linear_prepack_fp16(whole.float(), None)
 
     def __call__(self, x: Tensor) -> Tensor:
-        y = self.product(x)
+        if self.form == "tiles":
+            bags = self.bags
+            bags.rows.copy_(x)
+            y, *_ = torch.embedding_bag(self.table, bags.indices, bags.offsets, False, 0, False, bags.factors, True)
+            y = y.view(1, -1)[:, : self.size]
+        elif self.form == "half":
+            y = torch.ops.quantized.linear_dynamic_fp16(x.float(), self.packed)
+        else:
+            x = x.to(self.weights[0].dtype)
+            y = torch.cat([linear_torch(x, weight) for weight in self.weights], dim=-1)
         return y if self.bias is None else y.add_(self.bias)
-
-    def _tiles(self, x: Tensor) -> Tensor:
-        bags = self.bags
-        bags.rows.copy_(x)
-        y, *_ = torch.embedding_bag(self.table, bags.indices, bags.offsets, False, 0, False, bags.factors, True)
-        y = y.view(1, -1)
-        return y if y.shape[1] == self.size else y[:, : self.size]
-
-    def _half(self, x: Tensor) -> Tensor:
-        return torch.ops.quantized.linear_dynamic_fp16(x.float(), self.packed)
-
-    def _own(self, x: Tensor) -> Tensor:
-        x = x.to(self.weights[0].dtype)
-        made = [linear_torch(x, weight) for weight in self.weights]
-        return torch.cat(made, dim=-1) if len(made) > 1 else made[0]

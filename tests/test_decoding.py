@@ -1,5 +1,7 @@
 """A decoder laid out anew against the model that it was made of, and through the public `generate`."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -131,12 +133,12 @@ def prompts_of(*lengths: int) -> list[list[int]]:
 
 
 @models
-@pytest.mark.parametrize("settings", [{}, {"repetition_penalty": 1.3}], ids=str)
-def test_greedy_tokens_are_the_models(made, changes, settings):
+@pytest.mark.parametrize(("count", "settings"), [(128, {}), (32, {"repetition_penalty": 1.3})], ids=str)
+def test_greedy_tokens_are_the_models(made, changes, count, settings):
     model = build(**changes)
     for lengths in ((11,), (9, 1, 13)):
         prompts = prompts_of(*lengths)
-        assert generate(model, prompts, 128, **settings) == by_the_model(model, prompts, 128, **settings)
+        assert generate(model, prompts, count, **settings) == by_the_model(model, prompts, count, **settings)
     assert [form for form, _ in made] == ["tiles", "own"]
 
 
@@ -182,6 +184,19 @@ def test_own_copies_no_weight():
     stored = {parameter.data_ptr() for parameter in model.parameters()}
     held = [weight for layer in prepared.layers for part in (layer.qkv, layer.down) for weight in part.weights]
     assert all(weight.data_ptr() in stored for weight in held)
+
+
+@pytest.mark.parametrize("form", ["tiles", "half", "own"])
+def test_what_was_prepared_goes_when_nobody_holds_it(form):
+    """And not when the garbage collector finds a cycle: the next call prepares anew, and would take as much again."""
+    prepared = PreparedTransformer(build(dtype=torch.bfloat16), form)
+    held = [weakref.ref(prepared), weakref.ref(prepared.layers[0].qkv)]
+    gc.disable()
+    try:
+        del prepared
+        assert [reference() for reference in held] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_weights_beyond_fp16_are_not_packed_as_such():
