@@ -133,6 +133,17 @@ class _Bags:
         self.factors = self.rows.view(-1)
 
 
+def _tiles(weights: list[Tensor], size: int) -> Tensor:
+    """(O_i, D) each -> (O / size, D, size): the outputs of all, and zeros behind the last if they do not come out."""
+    if any(len(weight) % size for weight in weights):
+        weights = [F.pad(torch.cat(weights), (0, 0, 0, -sum(map(len, weights)) % size))]
+    counts = [len(weight) // size for weight in weights]
+    tiles = weights[0].new_empty(sum(counts), weights[0].shape[1], size)
+    for weight, place in zip(weights, tiles.split(counts), strict=True):
+        place.copy_(weight.unflatten(0, (-1, size)).mT)
+    return tiles
+
+
 class PreparedLinear:
     """Projections of one input as one product, for few rows and without a gradient: (N, D) -> (N, O).
 
@@ -145,18 +156,18 @@ class PreparedLinear:
     def __init__(self, weights: list[Tensor], biases: list[Tensor | None], form: Form, shared: dict):
         self.weights, self.size, D = weights, sum(map(len, weights)), weights[0].shape[1]
         self.bias = None if biases[0] is None else torch.cat(biases)
-        whole = weights[0] if form == "own" or len(weights) == 1 else torch.cat(weights)
-        if form == "half" and whole.abs().max() > LARGEST_HALF:
-            form = "own"
         self.form = form
         if form == "tiles":
-            tile = 64 if self.size <= 8192 else 128  # the row stands in memory once for each tile: not too many of them
-            padded = F.pad(whole, (0, 0, 0, -self.size % tile)) if self.size % tile else whole
-            self.table = padded.unflatten(0, (-1, tile)).mT.reshape(-1, tile)  # (O / tile * D, tile)
-            key = (len(self.table) // D, D)
-            self.bags = shared[key] = shared.get(key) or _Bags(*key, whole.dtype)
+            tiles = _tiles(weights, 64 if self.size <= 8192 else 128)  # of the row, each tile has a copy: not too many
+            self.table = tiles.flatten(0, 1)
+            key = (len(tiles), D)
+            self.bags = shared[key] = shared.get(key) or _Bags(*key, tiles.dtype)
         elif form == "half":
-            self.packed = torch.ops.quantized.linear_prepack_fp16(whole.float(), None)
+            wide = torch.cat(weights).float()
+            if wide.abs().max() > LARGEST_HALF:
+                self.form = "own"
+            else:
+                self.packed = torch.ops.quantized.linear_prepack_fp16(wide, None)
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.form == "tiles":

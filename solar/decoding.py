@@ -19,7 +19,8 @@ import solar.model as plain
 from kernels.linear import Form, PreparedLinear, has_fbgemm, multiplies_natively
 from solar.model import DecoderLayer, KVCache, Transformer, rotary_table
 
-PAYS_FROM = 16  # new tokens of a sequence: to lay out the weights takes as long as five to ten steps
+PAYS_FROM = 16  # new tokens of a sequence
+TILES_PAY_FROM = 64  # new tokens: to lay out the weights takes as long as ten steps, and saves a sixth of each or more
 HALF_PAYS_FROM = 128  # new tokens of all sequences together: packing is slow, and each row saves
 MAX_COPIED_BYTES = 2 << 30
 PARTS = {nn.Embedding, nn.ModuleList, Transformer, plain.Decoder}
@@ -50,7 +51,7 @@ def choose_form(model: Transformer, batch: int, new_tokens: int) -> Form:
     if copied > MAX_COPIED_BYTES or not has_fbgemm():
         return "own"
     if batch == 1:
-        return "tiles"
+        return "tiles" if new_tokens >= TILES_PAY_FROM else "own"
     pays = not multiplies_natively(dtype) and batch * new_tokens >= HALF_PAYS_FROM
     return "half" if pays else "own"
 

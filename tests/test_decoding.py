@@ -16,7 +16,7 @@ from solar.config import ModelConfig
 from solar.decoding import PreparedTransformer, prepare
 from solar.model import KVCache, Transformer
 from solar.plan import parse_plan
-from solar.sampling import PADDING, PROMPT, generate
+from solar.sampling import PADDING, PROMPT, Memory, generate
 
 SMALL = ModelConfig(
     model_type="llama",
@@ -139,7 +139,7 @@ def test_greedy_tokens_are_the_models(made, changes, count, settings):
     for lengths in ((11,), (9, 1, 13)):
         prompts = prompts_of(*lengths)
         assert generate(model, prompts, count, **settings) == by_the_model(model, prompts, count, **settings)
-    assert [form for form, _ in made] == ["tiles", "own"]
+    assert [form for form, _ in made] == ["tiles" if count == 128 else "own", "own"]
 
 
 def test_drawn_tokens_are_the_models(made):
@@ -149,11 +149,23 @@ def test_drawn_tokens_are_the_models(made):
     assert len(made) == 2
 
 
+def test_a_memory_keeps_what_was_prepared(made):
+    model, memory = build(), Memory()
+    (said,) = prompts_of(9)
+    for turn in ([3], [4, 5]):
+        said = said + turn
+        (answer,) = generate(model, [said], 64, memory=memory)
+        assert [answer] == by_the_model(model, [said], 64)
+        said = said + answer
+    assert made == [("tiles", 3)]
+
+
 def test_a_shared_layer_is_laid_out_once(made):
     model = build(plan="dus:1")
     assert len(model.model.layers) == 4
-    generate(model, prompts_of(5), 16)
-    assert made == [("tiles", 3)]
+    generate(model, prompts_of(5), 64)
+    generate(model, prompts_of(5), 63)
+    assert made == [("tiles", 3), ("own", 3)]
 
 
 def test_16_bits_in_batches_where_the_processor_does_not_multiply_them(made, monkeypatch):
@@ -174,7 +186,7 @@ def test_a_large_model_stays_as_it_is(made, monkeypatch):
     copied = sum(p.nbytes for part in (*layers, model.lm_head) for p in part.parameters())
     for limit, form in ((copied, "tiles"), (copied - 1, "own")):
         monkeypatch.setattr(solar.decoding, "MAX_COPIED_BYTES", limit)
-        generate(model, prompts_of(5), 16)
+        generate(model, prompts_of(5), 64)
         assert made.pop()[0] == form
 
 
@@ -246,8 +258,8 @@ def test_what_is_not_prepared():
 
 def test_weights_that_change_between_two_calls():
     model, (prompt,) = build(), prompts_of(5)
-    before = generate(model, [prompt], 32)
+    before = generate(model, [prompt], 64)
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight.data.neg_()
-    after = generate(model, [prompt], 32)
-    assert after == by_the_model(model, [prompt], 32) != before
+    after = generate(model, [prompt], 64)
+    assert after == by_the_model(model, [prompt], 64) != before
