@@ -236,8 +236,9 @@ test-full: $(TESTS)  ## the same with the long counts
 test-gpu: $(TESTS)  ## the kernels on this machine's GPU: bf16 parity, compilation, determinism
 	@$(PY) -m pytest tests/gpu $(ARGS)
 
-bench: $(READY)  ## training's speed on this machine's CPU; PEER=PYTHON puts that one's transformers beside it
+bench: $(READY)  ## speed on this machine's CPU, of training and generation; PEER=PYTHON puts its transformers beside it
 	@$(PY) -m tests.bench.train_step $(if $(PEER),--peer $(PEER)) $(ARGS)
+	@$(PY) -m tests.bench.generation $(if $(PEER),--peer $(PEER))
 	@$(PY) -m tests.bench.train_costs sizes
 	@$(PY) -m tests.bench.train_costs lengths
 	@$(PY) -m tests.bench.train_costs save

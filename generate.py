@@ -18,7 +18,7 @@ from solar import cli
 from solar.checkpoint import load_model
 from solar.model import Transformer
 from solar.plan import GRAMMAR
-from solar.sampling import generate
+from solar.sampling import Memory, generate
 from solar.tokenizer import TEMPLATES, StreamDecoder, Tokenizer, encode_prompt, end_ids
 
 
@@ -77,6 +77,7 @@ class Session:
     model: Transformer
     tokenizer: Tokenizer
     eos: set[int] = field(default_factory=set)
+    memory: Memory = field(default_factory=Memory)
 
     def run(self, prompts: list[list[int]], emit: Callable[[int, str], None]) -> str:
         """Continue prompts; emit(row, text) receives the text of each as it is made. Returns the line of figures."""
@@ -110,6 +111,7 @@ class Session:
             eos_id=sorted(self.eos),
             seed=options.seed,
             on_token=on_token,
+            memory=self.memory if len(prompts) == 1 else None,
         )
         for row, (decoder, gate) in enumerate(zip(decoders, gates, strict=True)):
             if not gate.met and (text := gate.push(decoder.flush(), last=True)):

@@ -78,13 +78,18 @@ def select(choice: str = "auto") -> str:
     return before
 
 
-def _form(name: str, x: Tensor) -> Callable:
+def kind(x: Tensor) -> str:
+    """Which forms run for tensors like this one, by the choice made: triton, torch or reference."""
     choice = ("triton" if x.is_cuda else "torch") if _choice == "auto" else _choice
     if choice == "triton" and (reason := launch.why_not(x)):
         _say_once(f"kernels: {reason}; torch's own operators run instead of triton's")
         choice = "torch"
+    return choice
+
+
+def _form(name: str, x: Tensor) -> Callable:
     forms = _FORMS[name]
-    return next(forms[kind] for kind in _PREFERENCE[choice] if kind in forms)
+    return next(forms[form] for form in _PREFERENCE[kind(x)] if form in forms)
 
 
 @functools.cache

@@ -7,15 +7,22 @@ Shapes: x (..., D), weight (O, D), bias (O,) -> (..., O), in their dtype.
 On a GPU the product is the library's own, and so it is on a CPU, where there are two of them. For fp32 torch takes MKL,
 whose fast paths are for Intel's processors alone; oneDNN compiles a product for the processor at hand. On a Zen 4 it
 takes 0.82-0.90 of MKL's time for y and 0.85-0.95 for dx (2,048 rows, D and O from 96 to 2,048; within a tenth of the
-time the same for dW, which MKL keeps), and 0.55 with a single row, which is what generating a token asks for. For
-16-bit types torch takes oneDNN by itself.
+time the same for dW, which MKL keeps), and 0.55 with a single row. For 16-bit types torch takes oneDNN by itself, where
+the processor multiplies them; where it does not, torch's own loop remains, at 13 GFLOP/s on two cores of a Zen 3 that
+reach 70 in fp32. There many rows are multiplied in fp32.
+
+Generating a token asks for products with a single row, or a few: `PreparedLinear` is for those.
 """
 
 import functools
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+WIDENED_FROM = 32  # rows: with fewer, to widen the weight takes longer than it saves
+WIDENED_BLOCK = 1 << 20  # numbers of a weight: 4 MB in fp32
 
 
 def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -25,13 +32,18 @@ def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
 
 def linear_torch(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear, but for fp32 on a CPU where oneDNN can be asked directly. (torch.compile chooses for itself.)"""
-    plain = x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32
-    if plain or torch.compiler.is_compiling() or not _has_onednn():
+    """F.linear, but on a CPU for fp32, where oneDNN can be asked directly, and for 16 bits where they must be widened.
+
+    (torch.compile chooses for itself.)
+    """
+    learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or x.dtype != weight.dtype or not _has_onednn():
         return F.linear(x, weight, bias)
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return _Linear.apply(x, weight, bias)
-    return product(x, weight, bias)
+    if x.dtype == torch.float32:
+        return (_Linear.apply if learns else product)(x, weight, bias)
+    if learns or multiplies_natively(x.dtype) or x.numel() < WIDENED_FROM * x.shape[-1]:
+        return F.linear(x, weight, bias)
+    return _widened(x, weight, bias)
 
 
 @functools.cache
@@ -43,6 +55,21 @@ def _has_onednn() -> bool:
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """oneDNN's x W^T + b of fp32 tensors, without a gradient; the weight may be a transposed view."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def _widened(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b of 16-bit tensors, computed in fp32 and rounded once, without a gradient.
+
+    The weight is widened block by block: a block is multiplied while it lies in the cache, and no whole weight is ever
+    held in fp32.
+    """
+    size = max(WIDENED_BLOCK // weight.shape[1], 1)
+    wide, y = x.float(), x.new_empty(*x.shape[:-1], len(weight))
+    blocks, outputs = weight.split(size), y.split(size, dim=-1)
+    biases = [None] * len(blocks) if bias is None else bias.float().split(size)
+    for block, b, output in zip(blocks, biases, outputs, strict=True):
+        output.copy_(product(wide, block.float(), b))
+    return y
 
 
 class _Linear(torch.autograd.Function):
@@ -61,3 +88,96 @@ class _Linear(torch.autograd.Function):
             rows.T @ x.flatten(0, -2) if want_dw else None,
             rows.sum(0) if want_db else None,
         )
+
+
+# ---------------------------------------------------------------------------------------------------- prepared weights
+#
+# A product with one row is a weighted sum of the weight's columns, y = sum_j x_j W[:, j], and what limits it is reading
+# the weight from memory. Libraries tune products with many rows; with one they read at half of what memory gives, or
+# less. torch has an operator that is nothing but a weighted sum of rows, `embedding_bag`, whose kernels (FBGEMM's) are
+# compiled for the processor at hand, fetch ahead, and turn 16-bit weights into fp32 in registers. So the weight is laid
+# out as tiles, each D rows of as many adjacent numbers as the tile has outputs. A tile is a bag, whose sum stays in
+# registers while the tile is read from end to end, and the bags are dealt out to the threads evenly.
+#
+# With several rows and weights of 16 bits that the processor does not multiply, FBGEMM has a product of fp32 rows with
+# fp16 weights, packed beforehand. fp16 holds every bf16 weight between 2^-17 and 65504 exactly; of smaller ones it
+# loses what lies below 2^-24, a millionth of a usual weight; and where there is a larger one the weights stay as they
+# are.
+
+
+Form = Literal["own", "tiles", "half"]
+LARGEST_HALF = 65504.0  # of fp16
+
+
+@functools.cache
+def has_fbgemm() -> bool:
+    """Whether torch has FBGEMM's kernels on this processor: an x86 with AVX2."""
+    fast = torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    return fast and torch.backends.quantized.engine in ("x86", "fbgemm")
+
+
+@functools.cache
+def multiplies_natively(dtype: torch.dtype) -> bool:
+    """Whether this processor multiplies numbers of this dtype itself, and oneDNN has products of them."""
+    name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
+    return name is None or (hasattr(torch.ops.mkldnn, name) and getattr(torch.ops.mkldnn, name)())
+
+
+class _Bags:
+    """What `embedding_bag` is given beside the tiles: the same for all weights of one shape."""
+
+    def __init__(self, count: int, D: int, dtype: torch.dtype):
+        self.indices = torch.arange(count * D, dtype=torch.int32)
+        self.offsets = torch.arange(0, count * D + 1, D, dtype=torch.int32)
+        self.rows = torch.empty(count, D, dtype=dtype)  # the row, once for each bag
+        self.factors = self.rows.view(-1)
+
+
+def _tiles(weights: list[Tensor], size: int) -> Tensor:
+    """(O_i, D) each -> (O / size, D, size): the outputs of all, and zeros behind the last if they do not come out."""
+    if any(len(weight) % size for weight in weights):
+        weights = [F.pad(torch.cat(weights), (0, 0, 0, -sum(map(len, weights)) % size))]
+    counts = [len(weight) // size for weight in weights]
+    tiles = weights[0].new_empty(sum(counts), weights[0].shape[1], size)
+    for weight, place in zip(weights, tiles.split(counts), strict=True):
+        place.copy_(weight.unflatten(0, (-1, size)).mT)
+    return tiles
+
+
+class PreparedLinear:
+    """Projections of one input as one product, for few rows and without a gradient: (N, D) -> (N, O).
+
+    O counts the outputs of all `weights` (O_i, D), which share one dtype; `biases` (O_i,) are all there or all None.
+    form: "tiles", for a single row; "half", for weights of 16 bits; "own", the weights as they are. The first two copy
+    the weights. The rows may be fp32 whatever the weights are, and so may the result.
+    shared: a dict, empty at first, for what the products that are made together have in common.
+    """
+
+    def __init__(self, weights: list[Tensor], biases: list[Tensor | None], form: Form, shared: dict):
+        self.weights, self.size, D = weights, sum(map(len, weights)), weights[0].shape[1]
+        self.bias = None if biases[0] is None else torch.cat(biases)
+        self.form = form
+        if form == "tiles":
+            tiles = _tiles(weights, 64 if self.size <= 8192 else 128)  # of the row, each tile has a copy: not too many
+            self.table = tiles.flatten(0, 1)
+            key = (len(tiles), D)
+            self.bags = shared[key] = shared.get(key) or _Bags(*key, tiles.dtype)
+        elif form == "half":
+            wide = torch.cat(weights).float()
+            if wide.abs().max() > LARGEST_HALF:
+                self.form = "own"
+            else:
+                self.packed = torch.ops.quantized.linear_prepack_fp16(wide, None)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.form == "tiles":
+            bags = self.bags
+            bags.rows.copy_(x)
+            y, *_ = torch.embedding_bag(self.table, bags.indices, bags.offsets, False, 0, False, bags.factors, True)
+            y = y.view(1, -1)[:, : self.size]
+        elif self.form == "half":
+            y = torch.ops.quantized.linear_dynamic_fp16(x.float(), self.packed)
+        else:
+            x = x.to(self.weights[0].dtype)
+            y = torch.cat([linear_torch(x, weight) for weight in self.weights], dim=-1)
+        return y if self.bias is None else y.add_(self.bias)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from solar.decoding import PreparedTransformer, prepare
 from solar.model import KVCache, Transformer
 
 PREFILL_CHUNK = 1024  # prompt tokens in one forward pass, of all rows together: bounds the memory that it takes
@@ -51,6 +52,36 @@ def choose_probabilities(
 def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Make what was `seen` (B, V) less likely: logits / penalty, or * penalty if negative (arXiv:1909.05858)."""
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+class Memory:
+    """What one call of `generate` leaves to the next: the KV cache of its prompt and answer, and the prepared weights.
+
+    For one prompt at a time, of a model whose weights stay as they are. A prompt that begins like what the cache holds,
+    as the next turn of a conversation does, is read only from where it differs.
+    """
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []  # whose keys and values the cache holds
+        self.cache: KVCache | None = None
+        self.prepared: PreparedTransformer | None = None
+
+    def recall(self, model: Transformer, prompt: list[int], length: int) -> KVCache:
+        """A cache for `length` positions that holds what it can of the prompt, at most all but its last token."""
+        old, ids, weight = self.cache, self.ids, model.model.embed_tokens.weight
+        self.ids, known = [], 0
+        while known < min(len(ids), len(prompt) - 1) and ids[known] == prompt[known]:
+            known += 1
+        if old is not None and old.length > old.keys.shape[3] and known < old.length:
+            known = 0  # the window has rolled over what came before
+        fits = old is not None and (length <= old.keys.shape[3] or (old.rolls and known == old.length))
+        if not fits:
+            self.cache = KVCache(model.config, 1, length, weight.dtype, weight.device)
+            if known:
+                for new, held in ((self.cache.keys, old.keys), (self.cache.values, old.values)):
+                    new[:, :, :, :known] = held[:, :, :, :known]
+        self.cache.length = known
+        return self.cache
 
 
 def _check(
@@ -95,12 +126,14 @@ def generate(
     eos_id: int | list[int] | tuple[int, ...] | None = None,
     seed: int | None = None,
     on_token: Callable[[int, int], bool | None] | None = None,
+    memory: Memory | None = None,
 ) -> list[list[int]]:
     """Continue each prompt (a list of ids) by at most max_new_tokens; returns the new ids of each.
 
     temperature 0 takes the likeliest token. A row ends at an `eos_id`, which is not returned. on_token(row, id) is
     called for every new id as it is made; returning True ends that row. Each row draws from its own generator, seeded
-    with seed + row, so what it gets does not depend on its neighbours.
+    with seed + row, so what it gets does not depend on its neighbours. memory: what the call before left, for a single
+    prompt.
     Raises ValueError for an empty prompt, an id outside the vocabulary, a setting out of range, or a prompt that with
     max_new_tokens exceeds the model's context.
     """
@@ -108,6 +141,8 @@ def generate(
     stops = set() if eos_id is None else {eos_id} if isinstance(eos_id, int) else set(eos_id)
     weight = model.model.embed_tokens.weight
     device, B, longest = weight.device, len(prompts), max(map(len, prompts))
+    if memory is not None and B > 1:
+        raise ValueError(f"a memory is of one conversation; {B} prompts are given")
 
     input_ids = torch.zeros(B, longest, dtype=torch.long)
     document_ids = torch.full((B, longest), PADDING)
@@ -123,9 +158,14 @@ def generate(
     for row, generator in enumerate(generators):
         generator.seed() if seed is None else generator.manual_seed(seed + row)
 
-    cache = KVCache(model.config, B, longest + max_new_tokens, weight.dtype, device)
+    prepared = (memory and memory.prepared) or prepare(model, B, max_new_tokens)
+    length = longest + max_new_tokens
+    if memory is None:
+        cache = KVCache(model.config, B, length, weight.dtype, device)
+    else:
+        cache, memory.prepared = memory.recall(model, prompts[0], length), prepared
     chunk = max(PREFILL_CHUNK // B, 1)
-    for at in range(0, longest, chunk):
+    for at in range(cache.length, longest, chunk):
         ids = document_ids[:, at : at + chunk] if uneven else None
         logits = model(input_ids[:, at : at + chunk], document_ids=ids, cache=cache, last_only=True)
     if not bool(logits.isfinite().all()):
@@ -156,5 +196,7 @@ def generate(
             break
         if repetition_penalty != 1.0:
             seen.scatter_(1, chosen[:, None], True)
-        logits = model(chosen[:, None], cache=cache)
+        logits = (prepared or model)(chosen[:, None], cache=cache)
+    if memory is not None:
+        memory.ids = (prompts[0] + new[0])[: cache.length]
     return new

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -177,6 +178,24 @@ def test_a_projection_asks_for_no_gradient_that_nobody_wants(monkeypatch, onednn
             assert tensor.grad is None
         else:
             torch.testing.assert_close(tensor.grad, strided[name].grad.float(), **NEAR[torch.float32])
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("biased", [True, False])
+def test_16_bit_products_widened_block_by_block_round_once(monkeypatch, dtype, biased):
+    """Beside F.linear, which rounds where it likes: half a unit in the last place from the truth, over all blocks."""
+    module = sys.modules["kernels.linear"]
+    if not module._has_onednn():
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(module, "multiplies_natively", lambda _: False)
+    monkeypatch.setattr(module, "WIDENED_BLOCK", 100)  # three rows of the weight, the last block one
+    x, weight, bias = (randn(*shape, seed=1, dtype=dtype) for shape in ((2, 16, 33), (10, 33), (10,)))
+    bias = bias if biased else None
+    truth = linear_reference(x.double(), weight.double(), bias.double() if biased else None)
+    error = (linear_torch(x, weight, bias).double() - truth).abs()
+    assert (error <= truth.abs() * torch.finfo(dtype).eps * 0.5001 + 1e-6).all()
+    few = linear_torch(x[:1], weight, bias)  # 16 rows: not worth it
+    assert torch.equal(few, F.linear(x[:1], weight, bias))
 
 
 # ------------------------------------------------------------ norms, activation, rotation

@@ -19,7 +19,7 @@ LAYERS = {
         "model", "meter", "corpus", "tokens", "packing", "logps", "seeds", "instructions", "agree",
         "directory", "elements", "metrics",
     ],
-    2: ["checkpoint", "shards", "rephrase", "contamination", "manifest"],
+    2: ["checkpoint", "decoding", "shards", "rephrase", "contamination", "manifest"],
     3: ["upscale", "merge", "sampling", "data", "dist", "restore", "examples"],
     4: ["base", "analyze", "packed", "reference", "mathdata", "snapshot"],
     5: ["inputs", "recipe"],

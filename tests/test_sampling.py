@@ -14,7 +14,7 @@ from torch import nn
 import solar.sampling
 from solar.config import ModelConfig
 from solar.model import KVCache, Transformer
-from solar.sampling import choose_probabilities, generate, penalise_repetition
+from solar.sampling import Memory, choose_probabilities, generate, penalise_repetition
 
 SMALL = ModelConfig(
     model_type="mistral",
@@ -226,6 +226,49 @@ def test_on_token_ends_a_row_and_no_other():
 
     assert generate(model, prompts, 8, on_token=on_token) == [free[0], free[1][:3], free[2]]
     assert heard.count(1) == 3
+
+
+# ------------------------------------------------------------ from turn to turn
+
+
+@pytest.mark.parametrize("window", [None, 1, 6, 20, 40], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_with_a_memory_each_turn_gets_the_tokens_that_it_gets_without(window, dtype):
+    """Turns that go on, repeat, go back and change course, in fp64, which is not prepared, and in fp32, which is."""
+    model, memory = build(dtype, sliding_window=window), Memory()
+    (words,) = prompts_of(40)
+    said = []
+    for turn, count in (([5, 6], 3), ([7], 16), ([8, 9, 10], 2)):  # each prompt goes on behind the answer before
+        said += turn
+        (answer,) = generate(model, [said], count, memory=memory)
+        assert [answer] == generate(model, [said], count)
+        said += answer
+    for prompt in (said, said, said[:9], said[:9] + words[:3], words[:20], words[:1], words):
+        assert generate(model, [prompt], 4, memory=memory) == generate(model, [prompt], 4)
+
+
+def test_with_a_memory_only_what_is_new_is_read():
+    model, memory, (words,) = build(), Memory(), prompts_of(40)
+    shapes = count_passes(model)
+    (answer,) = generate(model, [words[:10]], 3, memory=memory)
+    generate(model, [words[:10] + answer + words[10:14]], 3, memory=memory)
+    generate(model, [words[:8]], 1, memory=memory)
+    # The last token of an answer is not fed back, and the last of a prompt is always read: its logits are needed.
+    assert shapes == [(1, 10), (1, 1), (1, 1), (1, 5), (1, 1), (1, 1), (1, 1)]
+
+
+def test_a_memory_of_a_call_that_failed_is_empty():
+    model, memory, (words,) = build(), Memory(), prompts_of(40)
+
+    def fail(row: int, token: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, [words], 5, on_token=fail, memory=memory)
+    assert generate(model, [words[::-1]], 5, memory=memory) == generate(model, [words[::-1]], 5)
+    assert generate(model, [words], 5, memory=memory) == generate(model, [words], 5)
+    with pytest.raises(ValueError, match="one conversation; 2 prompts"):
+        generate(model, [words, words], 5, memory=memory)
 
 
 # ------------------------------------------------------------ drawing
