@@ -13,6 +13,8 @@ import warnings
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from solar.jsonfile import brief, plain
+
 MODEL_TYPES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 MAX_LAYERS = 10_000  # a config that asks for more is broken, and would fill the memory with names alone
 
@@ -99,27 +101,27 @@ class ModelConfig:
         for name in sizes:
             value = getattr(self, name)
             if type(value) is not int or not 0 < value < 2**31:
-                yield f"{name} must be a positive whole number, found {value!r}"
+                yield f"{name} must be a positive whole number, found {brief(value)}"
             elif name == "num_hidden_layers" and value > MAX_LAYERS:
                 yield f"{name} must be at most {MAX_LAYERS}, found {value}"
         for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
             if not _is_positive(getattr(self, name)):
-                yield f"{name} must be a positive number, found {getattr(self, name)!r}"
+                yield f"{name} must be a positive number, found {brief(getattr(self, name))}"
         for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
             if type(getattr(self, name)) is not bool:
-                yield f"{name} must be true or false, found {getattr(self, name)!r}"
+                yield f"{name} must be true or false, found {brief(getattr(self, name))}"
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(self, name)
             ids = value if name == "eos_token_id" and isinstance(value, tuple) else (value,)
-            if value is not None and any(type(i) is not int for i in ids):
-                yield f"{name} must be a whole number, found {value!r}"
+            if value is not None and not all(type(i) is int and abs(i) < 2**31 for i in ids):
+                yield f"{name} must be a whole number, found {brief(value)}"
         if self.model_type not in MODEL_TYPES:
-            yield f"model_type {self.model_type!r} is not supported, only {' and '.join(MODEL_TYPES)}"
+            yield f"model_type {brief(self.model_type)} is not supported, only {' and '.join(MODEL_TYPES)}"
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         if type(heads) is type(kv_heads) is int and kv_heads > 0 and heads % kv_heads:
-            yield f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
+            yield f"num_attention_heads {brief(heads)} is not a multiple of num_key_value_heads {brief(kv_heads)}"
         if type(self.head_dim) is int and self.head_dim % 2:
-            yield f"head_dim {self.head_dim} is odd; rotary embedding turns pairs"
+            yield f"head_dim {brief(self.head_dim)} is odd; rotary embedding turns pairs"
         if self.model_type == "llama" and self.sliding_window is not None:
             yield f"a llama has no sliding_window, found {self.sliding_window}; model_type mistral has one"
         if self.model_type == "mistral" and (self.attention_bias or self.mlp_bias):
@@ -136,7 +138,9 @@ class ModelConfig:
         raw = {key: value for key, value in raw.items() if value is not None or key in null_matters}
         model_type = raw.pop("model_type", None)
         if model_type not in tuple(MODEL_TYPES):
-            raise ValueError(f"config: model_type {model_type!r} is not supported, only {' and '.join(MODEL_TYPES)}")
+            raise ValueError(
+                f"config: model_type {brief(model_type)} is not supported, only {' and '.join(MODEL_TYPES)}"
+            )
         _refuse_what_cannot_run(raw, model_type)
 
         sizes = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
@@ -145,7 +149,8 @@ class ModelConfig:
         heads, hidden = raw["num_attention_heads"], raw["hidden_size"]
         if "head_dim" not in raw:
             if not (type(heads) is type(hidden) is int and heads > 0 and hidden % heads == 0):
-                raise ValueError(f"config: hidden_size {hidden!r} is not a multiple of num_attention_heads {heads!r}")
+                sizes = f"hidden_size {brief(hidden)} is not a multiple of num_attention_heads {brief(heads)}"
+                raise ValueError(f"config: {sizes}")
             raw["head_dim"] = hidden // heads
         # What a key means when it is absent is the model class's own default, and the two classes differ.
         if model_type == "mistral":
@@ -160,6 +165,8 @@ class ModelConfig:
         theta, scaling = _read_rope(raw)
         eos = raw.get("eos_token_id")
         dtype = raw.get("torch_dtype", raw.get("dtype"))
+        if dtype is not None and not (isinstance(dtype, str) and dtype.removeprefix("torch.").isidentifier()):
+            raise ValueError(f"config: torch_dtype must be the name of a dtype, found {brief(dtype)}")
         known = set(cls.__dataclass_fields__) - {
             "model_type",
             "rope_theta",
@@ -171,19 +178,14 @@ class ModelConfig:
             model_type=model_type,
             rope_theta=theta,
             rope_scaling=scaling,
-            torch_dtype=str(dtype).removeprefix("torch.") if dtype is not None else None,
+            torch_dtype=dtype.removeprefix("torch.") if dtype is not None else None,
             eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
             **{key: value for key, value in raw.items() if key in known},
         )
         handled = known | INERT_KEYS | {"rope_theta", "rope_scaling", "rope_parameters", "eos_token_id", "hidden_act"}
         handled |= {"partial_rotary_factor", "num_local_experts", "num_experts"}  # passed: they ask for nothing special
-        unknown = sorted(
-            key for key, value in raw.items() if key not in handled and value not in (False, 0, "", [], {})
-        )
-        if unknown:
-            warnings.warn(
-                f"config: keys that are not known here, and have no effect: {', '.join(unknown)}", stacklevel=2
-            )
+        unknown = [key for key, value in raw.items() if key not in handled and value not in (False, 0, "", [], {})]
+        _warn_of_unknown("config", unknown)
         return config
 
     @classmethod
@@ -207,10 +209,7 @@ class ModelConfig:
         handled |= {"max_position_embeddings", "tied_embeddings", "causal", "max_batch_size"}
         if params.get("causal") is False or params.get("model_type", "transformer") != "transformer":
             raise ValueError("params: only causal transformers are supported")
-        if unknown := sorted(key for key in params if key not in handled):
-            warnings.warn(
-                f"params: keys that are not known here, and have no effect: {', '.join(unknown)}", stacklevel=2
-            )
+        _warn_of_unknown("params", [key for key in params if key not in handled])
         return cls(
             model_type="mistral",
             vocab_size=params["vocab_size"],
@@ -287,8 +286,9 @@ class ModelConfig:
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every tensor of a checkpoint with this config, in the order they are written."""
         shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, self.hidden_size)}
+        of_one_layer = self.layer_shapes().items()
         for layer in range(self.num_hidden_layers):
-            shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in self.layer_shapes().items()}
+            shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in of_one_layer}
         shapes["model.norm.weight"] = (self.hidden_size,)
         if not self.tie_word_embeddings:
             shapes["lm_head.weight"] = (self.vocab_size, self.hidden_size)
@@ -309,19 +309,27 @@ class ModelConfig:
         return 6 * parameters + 12 * attention
 
 
+def _warn_of_unknown(where: str, keys: list[str]) -> None:
+    shown = ", ".join(map(plain, sorted(keys)[:10])) + (f", ... ({len(keys)} in all)" if len(keys) > 10 else "")
+    if keys:
+        warnings.warn(f"{where}: keys that are not known here, and have no effect: {shown}", stacklevel=3)
+
+
 def _refuse_what_cannot_run(raw: dict[str, Any], model_type: str) -> None:
     """Raise ValueError for everything in a config that would change the logits and is not implemented."""
     architectures = raw.get("architectures") or [MODEL_TYPES[model_type]]
     if not isinstance(architectures, list) or MODEL_TYPES[model_type] not in architectures:
-        raise ValueError(f"config: architectures {architectures} is not supported, only {MODEL_TYPES[model_type]}")
+        raise ValueError(
+            f"config: architectures {brief(architectures)} is not supported, only {MODEL_TYPES[model_type]}"
+        )
     if raw.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise ValueError(f"config: hidden_act {raw['hidden_act']!r} is not supported, only silu")
+        raise ValueError(f"config: hidden_act {brief(raw['hidden_act'])} is not supported, only silu")
     if raw.get("quantization_config"):
         raise ValueError(
             "config: quantised weights (quantization_config) are not supported; use the bf16 or fp16 release"
         )
     if (experts := raw.get("num_local_experts", raw.get("num_experts"))) not in (None, 0, 1):
-        raise ValueError(f"config: a mixture of {experts} experts is not supported")
+        raise ValueError(f"config: a mixture of {brief(experts)} experts is not supported")
     if layer_types := raw.pop("layer_types", None):
         windowed = raw.get("sliding_window", 4096 if model_type == "mistral" else None) is not None
         expected = "sliding_attention" if windowed and model_type == "mistral" else "full_attention"
@@ -333,20 +341,20 @@ def _read_rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     """rope_theta and scaling from either spelling: `rope_theta` with `rope_scaling`, or `rope_parameters`."""
     for key in ("rope_parameters", "rope_scaling"):
         if not isinstance(raw.get(key, {}), dict):
-            raise ValueError(f"config: {key} must be an object, found {raw[key]!r}")
+            raise ValueError(f"config: {key} must be an object, found {brief(raw[key])}")
     parameters, scaling = dict(raw.get("rope_parameters", {})), dict(raw.get("rope_scaling", {}))
     if any(isinstance(value, dict) for value in parameters.values()):
         raise ValueError("config: rope_parameters that differ from layer to layer are not supported")
     for partial in (raw.get("partial_rotary_factor", 1.0), parameters.pop("partial_rotary_factor", 1.0)):
         if partial != 1.0:
-            raise ValueError(f"config: partial_rotary_factor {partial!r} is not supported, only 1.0")
+            raise ValueError(f"config: partial_rotary_factor {brief(partial)} is not supported, only 1.0")
     thetas = [source["rope_theta"] for source in (raw, parameters) if "rope_theta" in source]
     if len(thetas) == 2 and thetas[0] != thetas[1]:
-        raise ValueError(f"config: rope_theta {thetas[0]} and rope_parameters disagree: {thetas[1]}")
+        raise ValueError(f"config: rope_theta {brief(thetas[0])} and rope_parameters disagree: {brief(thetas[1])}")
     theta = thetas[0] if thetas else 10_000.0
     parameters.pop("rope_theta", None)
     if scaling and parameters and scaling != parameters:
-        raise ValueError(f"config: rope_scaling {scaling} and rope_parameters disagree: {parameters}")
+        raise ValueError(f"config: rope_scaling {brief(scaling)} and rope_parameters disagree: {brief(parameters)}")
     values = scaling or parameters
     kind = values.pop("rope_type", None) or values.pop("type", None) or "default"
     values.pop("type", None)  # old and new spelling side by side
@@ -356,14 +364,16 @@ def _read_rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
         "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
     }
     if kind not in tuple(wanted):
-        raise ValueError(f"config: rope_scaling of type {kind!r} is not supported, only linear and llama3")
+        raise ValueError(f"config: rope_scaling of type {brief(kind)} is not supported, only linear and llama3")
     if set(values) != wanted[kind]:
-        raise ValueError(f"config: rope_scaling {kind} needs exactly {sorted(wanted[kind])}, found {sorted(values)}")
+        raise ValueError(
+            f"config: rope_scaling {kind} needs exactly {sorted(wanted[kind])}, found {brief(sorted(values))}"
+        )
     if kind == "default":
         return theta, None
     for key, value in values.items():
         if not _is_positive(value):
-            raise ValueError(f"config: rope_scaling {key} must be a positive number, found {value!r}")
+            raise ValueError(f"config: rope_scaling {key} must be a positive number, found {brief(value)}")
     if kind == "llama3" and values["high_freq_factor"] <= values["low_freq_factor"]:
         raise ValueError("config: rope_scaling high_freq_factor must be greater than low_freq_factor")
     return theta, RopeScaling(kind, **values)

@@ -6,12 +6,13 @@ first is what is written. Both may lie in one folder, so files are never globbed
 them.
 
 Everything about a directory is checked before the first weight is used, and every problem is reported at once. Nothing
-here needs torch, except for the files that torch wrote: see solar/tensorfile.py.
+here needs torch.
 """
 
 import contextlib
 import errno
 import hashlib
+import heapq
 import json
 import shutil
 from collections import Counter
@@ -20,9 +21,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from solar.archive import read_torch_archive
 from solar.cli import Progress, check_output, clear_leftovers, human_bytes
 from solar.config import ModelConfig
-from solar.tensorfile import StoredTensor, Target, parse_json, read_safetensors_header, read_torch_archive
+from solar.jsonfile import brief, plain, read_json
+from solar.tensorfile import StoredTensor, Target, read_safetensors_header
 
 WEIGHT_DTYPES = ("bfloat16", "float16", "float32")
 DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
@@ -109,7 +112,7 @@ class CheckpointReader:
             raise FileNotFoundError(f"{path}: {what}; a model is a directory with config.json or params.json")
         self.layout, index = self._detect()
         config_file = self.path / ("params.json" if self.layout == "mistral" else "config.json")
-        raw = parse_json(config_file.read_bytes(), config_file)
+        raw = read_json(config_file)
         try:
             self.config = ModelConfig.from_mistral(raw) if self.layout == "mistral" else ModelConfig.from_hf(raw)
         except (ValueError, TypeError) as error:
@@ -184,27 +187,28 @@ class CheckpointReader:
 
     def _read_index(self, index: Path) -> dict[str, set[str]]:
         """Shard -> the tensors that the index puts there. A shard is a plain name of a file in the directory."""
-        content = parse_json(index.read_bytes(), index)
+        content = read_json(index)
         weight_map = content.get("weight_map") if isinstance(content, dict) else None
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{index}: no weight_map in it")
         shards: dict[str, set[str]] = {}
         for tensor, shard in weight_map.items():
-            if not isinstance(shard, str) or shard in ("", ".", "..") or set(shard) & set("/\\\0"):
-                raise ValueError(f"{index}: {tensor} is put into {shard!r}, which is not a plain file name")
+            named = isinstance(shard, str) and shard.isprintable() and len(shard.encode()) < 256
+            if not named or shard in ("", ".", "..") or set(shard) & set("/\\"):
+                raise ValueError(f"{index}: {plain(tensor)} is put into {brief(shard)}, which is not a plain file name")
             shards.setdefault(shard, set()).add(tensor)
         return shards
 
     def _read_headers(self) -> dict[str, StoredTensor]:
         stored: dict[str, StoredTensor] = {}
         for file_name, expected in self.files.items():
-            path = self.path / file_name
+            path, file_name = self.path / file_name, plain(file_name)
             if not path.is_file():
                 self._problems.append(f"{file_name}: named in the index, but there is no such file")
                 self._unread += 1
                 continue
             try:
-                read = read_safetensors_header if file_name.endswith(".safetensors") else read_torch_archive
+                read = read_safetensors_header if path.suffix == ".safetensors" else read_torch_archive
                 found = read(path)
             except ValueError as error:
                 self._problems.append(str(error).replace(str(path), file_name))
@@ -225,7 +229,7 @@ class CheckpointReader:
         heads = {"wq": self.config.num_attention_heads, "wk": self.config.num_key_value_heads}
         weights = {}
         for name, tensor in stored.items():
-            parts = name.split(".")
+            parts = name.split(".", 5)
             layer = parts[1] if parts[0] == "layers" and len(parts) > 2 and parts[1].isdecimal() else None
             known = MISTRAL_NAMES.get(name if layer is None else ".".join(["layers", "{}", *parts[2:]]))
             rotary_heads = heads.get(parts[-2]) if known and len(parts) > 2 else None
@@ -245,7 +249,7 @@ class CheckpointReader:
                     "lm_head.weight differs from model.embed_tokens.weight, but tie_word_embeddings is true; "
                     "set it to false to use both"
                 )
-        of_layers = (name.split(".")[2] for name in self.weights if name.startswith("model.layers."))
+        of_layers = (name.split(".", 3)[2] for name in self.weights if name.startswith("model.layers."))
         found_layers = {layer for layer in of_layers if layer.isdecimal()}
         if not self._unread and found_layers and len(found_layers) != self.config.num_hidden_layers:
             self._problems.append(
@@ -257,10 +261,11 @@ class CheckpointReader:
         for name in (name for name in expected if name in self.weights):
             stored = self.weights[name].stored
             if stored.shape != expected[name]:
-                where = f"{name} in {stored.path.name}"
-                self._problems.append(f"{where}: shape {list(stored.shape)}, the config implies {list(expected[name])}")
+                found, implied = brief(list(stored.shape)), list(expected[name])
+                where = f"{name} in {plain(stored.path.name)}"
+                self._problems.append(f"{where}: shape {found}, the config implies {implied}")
             elif stored.dtype not in WEIGHT_DTYPES:
-                kind = f"{name} in {stored.path.name}: dtype {stored.dtype}"
+                kind = f"{name} in {plain(stored.path.name)}: dtype {stored.dtype}"
                 self._problems.append(f"{kind}; only bfloat16, float16 and float32 weights are supported")
         if len(self._problems) > 20:
             self._problems[20:] = [f"... and {len(self._problems) - 20} more"]
@@ -268,14 +273,14 @@ class CheckpointReader:
     def _list(self, relation: str, where: str, comment: str, names: set[str]) -> None:
         """Report tensors by five names and a count."""
         if names:
-            ordered = sorted(names, key=natural_order)
-            shown = ", ".join(ordered[:5]) + (f", ... ({len(names)} in all)" if len(names) > 5 else "")
+            first = map(plain, heapq.nsmallest(5, names, key=natural_order))
+            shown = ", ".join(first) + (f", ... ({len(names)} in all)" if len(names) > 5 else "")
             self._problems.append(f"{relation} {where}, {comment}: {shown}")
 
 
 def natural_order(name: str) -> list[Any]:
     """Sort key that puts layer 2 before layer 10."""
-    return [(0, len(part), part) if part.isdecimal() else (1, 0, part) for part in name.split(".")]
+    return [(0, len(part), part) if part.isdecimal() else (1, 0, part) for part in name.split(".", 9)]
 
 
 def _state(path: Path) -> str:
@@ -344,6 +349,7 @@ def check_room(readers: list[CheckpointReader], nbytes: int, out: Path, force: b
     check_output(out, force)
     for companion in companions_of(readers[0].path):
         companion.open("rb").close()  # one that cannot be read is found now, not behind 20 GB of weights
+        nbytes += companion.stat().st_size
     parent = next(folder for folder in out.absolute().parents if folder.exists())
     free = shutil.disk_usage(parent).free
     if nbytes > free:

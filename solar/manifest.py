@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from solar import cli
 from solar.agree import agree
-from solar.tensorfile import parse_json
+from solar.jsonfile import parse_json
 
 FORMAT = 1
 

@@ -15,6 +15,7 @@ import filecmp
 import json
 import math
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -41,7 +42,8 @@ from solar.directory import (
     write_config,
 )
 from solar.elements import cast, elements, side_by_side
-from solar.tensorfile import Target, TensorToWrite, parse_json, spans, write_shards
+from solar.jsonfile import brief, plain, read_json
+from solar.tensorfile import Target, TensorToWrite, spans, write_shards
 
 NEARLY_PARALLEL = 0.9995  # beyond this cosine, of either sign, an angle says too little: interpolation becomes linear
 BLOCK = 1 << 16  # elements that are multiplied in fp64 at a time: two such blocks stay in a cache
@@ -60,8 +62,9 @@ Amount = tuple[float, ...] | float  # a weight for each model, or t
 
 def normalise(weights: Sequence[float]) -> list[float]:
     """The weights divided by their sum. ValueError if one is negative or not a number, or if all are 0."""
-    if not all(type(w) in (int, float) and 0 <= w < math.inf for w in weights) or not 0 < sum(weights) < math.inf:
-        raise ValueError(f"weights must be numbers from 0 up, and not all 0; found {' '.join(map(str, weights))}")
+    numbers = all(type(weight) in (int, float) and 0 <= weight <= sys.float_info.max for weight in weights)
+    if not numbers or not 0 < sum(weights) < math.inf:
+        raise ValueError(f"weights must be numbers from 0 up, and not all 0; found {' '.join(map(brief, weights))}")
     return [weight / sum(weights) for weight in weights]
 
 
@@ -97,7 +100,7 @@ def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
 
 def check_t(t: float) -> float:
     if type(t) not in (int, float) or not 0 <= t <= 1:
-        raise ValueError(f"t must be between 0 (the first model) and 1 (the second), found {t}")
+        raise ValueError(f"t must be between 0 (the first model) and 1 (the second), found {brief(t)}")
     return t
 
 
@@ -153,7 +156,7 @@ def parse_amount(method: str, amount: Any, models: int) -> Amount:
     if method == "slerp":
         return check_t(amount)
     if not isinstance(amount, list | tuple) or len(amount) != models:
-        raise ValueError(f"weights: one for each of the {models} models is needed, found {amount!r}")
+        raise ValueError(f"weights: one for each of the {models} models is needed, found {brief(amount)}")
     normalise(amount)
     return tuple(amount)
 
@@ -166,20 +169,24 @@ def parse_rules(content: Any, method: str, models: int) -> list[Rule]:
     rules = []
     for number, entry in enumerate(content, start=1):
         if not isinstance(entry, dict) or not {key} < entry.keys() <= {key, "layers", "tensors"}:
-            raise ValueError(f"rule {number}: {key!r} and 'layers' or 'tensors' or both are needed, found {entry!r}")
+            raise ValueError(
+                f"rule {number}: {key!r} and 'layers' or 'tensors' or both are needed, found {brief(entry)}"
+            )
         layers, tensors = entry.get("layers"), entry.get("tensors")
         try:
             if "layers" in entry:
-                match = re.fullmatch(r"([0-9]{1,6})-([0-9]{1,6})", str(layers))
+                match = re.fullmatch(r"([0-9]{1,6})-([0-9]{1,6})", layers if isinstance(layers, str) else "")
                 if not match or int(match[1]) >= int(match[2]):
-                    raise ValueError(f"layers {layers!r} is not a half-open range, such as 0-16")
+                    raise ValueError(f"layers {brief(layers)} is not a half-open range, such as 0-16")
                 layers = int(match[1]), int(match[2])
             if "tensors" in entry:
                 if not isinstance(tensors, str):
-                    raise ValueError(f"tensors {tensors!r} is not a regular expression")
+                    raise ValueError(f"tensors {brief(tensors)} is not a regular expression")
                 tensors = re.compile(tensors)
             rules.append(Rule(parse_amount(method, entry[key], models), layers, tensors))
-        except (ValueError, re.error) as error:
+        except RecursionError:
+            raise ValueError(f"rule {number}: tensors {brief(tensors)} is nested too deeply") from None
+        except (ValueError, OverflowError, re.error) as error:
             raise ValueError(f"rule {number}: {error}") from None
     return rules
 
@@ -297,14 +304,14 @@ def _differences(first: CheckpointReader, others: list[CheckpointReader]) -> tup
         for name, ours in vars(first.config).items():
             if name != "torch_dtype" and ours != (theirs := getattr(other.config, name)):
                 where = notes if name in FREE else problems
-                where.append(f"{name} is {ours} in {first.path}, {theirs} in {other.path}")
+                where.append(f"{name} is {plain(str(ours))} in {first.path}, {plain(str(theirs))} in {other.path}")
         for name in sorted(names[first] | names[other]):
             where = problems if TOKENIZERS.fullmatch(name) else notes
             if name not in names[first] & names[other]:
                 having, lacking = (first, other) if name in names[first] else (other, first)
-                where.append(f"{name} is in {having.path}, but not in {lacking.path}")
+                where.append(f"{plain(name)} is in {having.path}, but not in {lacking.path}")
             elif not filecmp.cmp(first.path / name, other.path / name, shallow=False):
-                where.append(f"{name} of {first.path} and of {other.path} differ")
+                where.append(f"{plain(name)} of {first.path} and of {other.path} differ")
         if not any(map(TOKENIZERS.fullmatch, names[first] | names[other])):
             notes.append(f"tokenizers not compared: neither {first.path} nor {other.path} has a file of one")
     return problems, notes
@@ -339,7 +346,7 @@ def prepare(
     shapes = first.config.tensor_shapes()
     rules, where = per_layer or [], "per_layer"
     if isinstance(rules, str | Path):
-        rules, where = parse_json(Path(rules).read_bytes(), rules), rules
+        rules, where = read_json(Path(rules)), rules
     try:
         amounts = assign(parse_rules(rules, method, len(readers)), list(shapes), amount)
     except ValueError as error:

@@ -6,7 +6,6 @@ smaller than half a bf16 step (a relative 2^-9) would otherwise be lost every ti
 moment that forgets 5% a step would be stuck where it is. (A gradient in bf16 is rounded to nearest.)
 """
 
-import json
 import math
 import re
 import zlib
@@ -15,6 +14,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from solar.jsonfile import brief, read_json
 
 SCHEDULES = ("cosine", "constant", "wsd")
 
@@ -48,7 +49,11 @@ def choose_trainable(model: nn.Module, choice: str, model_dir: Path) -> int:
         record = model_dir / "upscale.json"
         if not record.is_file():
             raise ValueError(f"--train new: {record} would say which layers are new, but is not there")
-        new = {str(layer) for layer in json.loads(record.read_text(encoding="utf-8"))["new_layers"]}
+        content = read_json(record)
+        layers = content.get("new_layers") if isinstance(content, dict) else None
+        if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
+            raise ValueError(f"{record}: new_layers must be a list of layer numbers, found {brief(layers)}")
+        new = {str(layer) for layer in layers}
         chosen = lambda name: name.startswith("model.layers.") and name.split(".")[2] in new
     else:
         try:

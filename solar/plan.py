@@ -11,10 +11,12 @@ training only what is new) reads this list. Carried out on modules, for the read
 In the papers' letters, which stand only in this file: n layers in the base, m dropped at each side, s in the result.
 """
 
-import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from solar.jsonfile import brief, read_json
 
 GRAMMAR = "dus[:M], idus:M:G, stack, expand[:GROUPS[:TOP]], slices:A-B,C-D,..., copy, or a FILE.json"
 
@@ -115,7 +117,7 @@ def _misspelt(text: str) -> ValueError:
 
 def _parse_range(part: str) -> tuple[int, int]:
     start, _, stop = part.partition("-")
-    if not (start.strip().isdecimal() and stop.strip().isdecimal()):
+    if not re.fullmatch(r"\s*[0-9]{1,9}\s*-\s*[0-9]{1,9}\s*", part):
         raise ValueError(f"plan slices: {part!r} is not a half-open range of layers, such as 0-24")
     return int(start), int(stop)
 
@@ -132,23 +134,20 @@ def from_json(values: Any, n: int) -> Plan:
     for position, entry in enumerate(values):
         if not isinstance(entry, dict) or not {"layer"} <= set(entry) <= {"layer", "init"}:
             raise ValueError(
-                f'plan entry {position} must be {{"layer": N, "init": "copy" or "identity"}}, found {entry!r}'
+                f'plan entry {position} must be {{"layer": N, "init": "copy" or "identity"}}, found {brief(entry)}'
             )
         layer, init = entry["layer"], entry.get("init", "copy")
         if type(layer) is not int or not 0 <= layer < n:
-            raise ValueError(f"plan entry {position} names layer {layer!r}; the model has layers 0 to {n - 1}")
+            raise ValueError(f"plan entry {position} names layer {brief(layer)}; the model has layers 0 to {n - 1}")
         if init not in ("copy", "identity"):
-            raise ValueError(f"plan entry {position}: init must be copy or identity, found {init!r}")
+            raise ValueError(f"plan entry {position}: init must be copy or identity, found {brief(init)}")
         plan.append(Source(layer, init))
     return plan
 
 
 def _read_plan(path: Path, n: int) -> Plan:
     """A list as `to_json` makes it, or a whole `upscale.json`."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
+    values = read_json(path)
     try:
         return from_json(values.get("plan") if isinstance(values, dict) else values, n)
     except ValueError as error:

@@ -16,9 +16,10 @@ from solar import cli
 from solar.config import ModelConfig
 from solar.directory import DEFAULT_MAX_SHARD_BYTES, copy_companions, dtype_name, write_config
 from solar.elements import write_bytes
+from solar.jsonfile import read_json
 from solar.manifest import read_manifest, read_metadata, verify
 from solar.optim import local
-from solar.tensorfile import TensorToWrite, parse_json, write_shards
+from solar.tensorfile import TensorToWrite, write_shards
 
 PLAN = "upscale.json"  # of a grown model: which of its layers are new
 UNFLATTENED = {"flatten_state_dict": False, "flatten_sharded_tensors": False}  # for DCP: names are names already
@@ -124,7 +125,7 @@ def export(step_dir: str | Path, out: str | Path, dtype: str | torch.dtype | Non
     cli.check_output(Path(out), force)
     verify(step_dir)
     metadata = read_metadata(step_dir, read_manifest(step_dir))
-    config = ModelConfig.from_hf(parse_json((step_dir / "config.json").read_bytes(), step_dir / "config.json"))
+    config = ModelConfig.from_hf(read_json(step_dir / "config.json"))
     tensors = []
     for name, shape in config.tensor_shapes().items():
         if f"model.{name}" not in metadata.state_dict_metadata:

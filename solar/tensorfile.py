@@ -1,30 +1,27 @@
 """The files that weights lie in: where each tensor's bytes stand, found without reading one of them.
 
-Two containers are read, and both come down to the same: a file, an offset, a shape, a dtype.
-
-- safetensors: 8 bytes of header length, a JSON header, then the tensors end to end.
-- the zip archive of `torch.save` (`pytorch_model.bin`, `consolidated.00.pth`): a pickle that describes the tensors,
-  beside one uncompressed record for each storage. The pickle is read by torch's own restricted unpickler, which runs no
-  code, in fake mode, which allocates nothing.
+What is known of a stored tensor is a file, an offset, a shape and a dtype. Here they come from safetensors files: 8
+bytes of header length, a JSON header, then the tensors end to end. (solar/archive.py finds them in what torch.save
+wrote.)
 
 Files come from strangers. A header is bounded, must be consistent and must cover its file exactly; else ValueError.
 
-Only bytes are moved here, and torch is imported for its own container alone: that import takes seconds and 146 MB, more
-than all else of an up-scaling. `solar/elements.py` makes tensors of the bytes.
+Only bytes are moved here, without torch, whose import takes seconds and 146 MB, more than all else of an up-scaling.
+`solar/elements.py` makes tensors of the bytes.
 """
 
 import ctypes
 import itertools
 import json
 import math
-import struct
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
+
+from solar.jsonfile import brief, parse_json, plain
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own bound
 MAX_RANK = 64  # torch's own bound
@@ -112,23 +109,6 @@ def spans(numel: int, itemsize: int, whole: bool = True) -> Iterator[tuple[int, 
 # ------------------------------------------------------------------------------------------------ reading
 
 
-def parse_json(data: bytes, what: Path | str) -> Any:
-    """JSON from outside: ValueError naming `what` if it is malformed, or if a key stands twice in one object."""
-
-    def unique(pairs):
-        if len(pairs) != len(values := dict(pairs)):
-            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-            raise ValueError(f"the key {twice!r} stands twice")
-        return values
-
-    try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=unique)
-    except RecursionError:
-        raise ValueError(f"{what}: not valid JSON: nested too deeply") from None
-    except ValueError as error:
-        raise ValueError(f"{what}: not valid JSON: {error}") from None
-
-
 def read_safetensors_header(path: Path) -> dict[str, StoredTensor]:
     """Name -> place of every tensor in a safetensors file. ValueError names the file, the found and the expected."""
     size = path.stat().st_size
@@ -153,93 +133,36 @@ def read_safetensors_header(path: Path) -> dict[str, StoredTensor]:
     tensors = {}
     for name, entry in header.items():
         if name == "__metadata__":
+            if not isinstance(entry, dict) or not all(isinstance(value, str) for value in entry.values()):
+                raise ValueError(f"{path}: __metadata__ must hold texts only, found {brief(entry)}")
             continue
+        shown = plain(name)
         match entry:
             case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)]} if len(entry) == 3:
                 pass
             case _:
-                raise ValueError(f"{path}: {name}: malformed entry in the header: {str(entry)[:100]}")
+                raise ValueError(f"{path}: {shown}: malformed entry in the header: {brief(entry)}")
         if dtype not in DTYPES:
-            raise ValueError(f"{path}: {name}: dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+            raise ValueError(f"{path}: {shown}: dtype {brief(dtype)} is not one of {', '.join(DTYPES)}")
         numbers = [*shape, begin, end]  # of type int exactly: JSON's true and false are bools, and those count as ints
         if not all(type(n) is int and 0 <= n < 2**48 for n in numbers) or begin > end or len(shape) > MAX_RANK:
-            raise ValueError(f"{path}: {name}: malformed shape {str(shape)[:100]} or offsets [{begin}, {end}]")
+            raise ValueError(f"{path}: {shown}: malformed shape {brief(shape)} or offsets {brief([begin, end])}")
         tensors[name] = tensor = StoredTensor(path, 8 + length + begin, tuple(shape), DTYPES[dtype][0])
         if tensor.nbytes != end - begin:
             raise ValueError(
-                f"{path}: {name}: {dtype} {shape} takes {tensor.nbytes} bytes, the header gives it {end - begin}"
+                f"{path}: {shown}: {dtype} {brief(shape)} takes {brief(tensor.nbytes)} bytes, the header gives it "
+                f"{end - begin}"
             )
     at = 8 + length
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if tensor.offset != at:
-            raise ValueError(f"{path}: {name} stands at byte {tensor.offset}, expected {at}: a hole or an overlap")
+            raise ValueError(
+                f"{path}: {plain(name)} stands at byte {tensor.offset}, expected {at}: a hole or an overlap"
+            )
         at += tensor.nbytes
     if at != size:
         raise ValueError(f"{path}: {size} bytes long, but the header describes {at}: truncated, or trailing bytes")
     return tensors
-
-
-def read_torch_archive(path: Path) -> dict[str, StoredTensor]:
-    """Name -> place of every tensor in a state dict that `torch.save` wrote. Raises ValueError as above."""
-    import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with open(path, "rb") as file:
-        try:
-            if not zipfile.is_zipfile(file):
-                older = "truncated, or older than torch 1.6; load and save it again"
-                raise ValueError(f"not a zip archive of torch.save: {older}")
-            records = _read_records(file)
-            with FakeTensorMode():
-                state = torch.load(path, weights_only=True, map_location="cpu")
-        except Exception as error:  # a broken archive can make zipfile and the unpickler fail in any way
-            reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0].partition(". ")[0]
-            raise ValueError(f"{path}: {reason or type(error).__name__}") from None
-    kind = lambda value: "tensor" if isinstance(value, torch.Tensor) else type(value).__name__
-    if not isinstance(state, dict):
-        raise ValueError(f"{path}: holds a {kind(state)}, expected a dictionary of tensors")
-
-    tensors = {}
-    for name, tensor in state.items():
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise ValueError(f"{path}: {name!r}: a {kind(tensor)}; expected a dictionary of tensors by name")
-        if not tensor.is_contiguous() or tensor.is_neg():
-            raise ValueError(
-                f"{path}: {name} is a view, with strides {tensor.stride()}; save it again as a contiguous tensor"
-            )
-        # The record's place in the file, which fake mode notes in place of the bytes (torch's documented layout
-        # control). It takes the padding of torch.save for granted, and a tensor of device meta has no place.
-        storage = tensor.untyped_storage()
-        start = getattr(storage, "_checkpoint_offset", None)
-        skipped = tensor.storage_offset() * tensor.dtype.itemsize
-        if start is None or records.get(start) != storage.nbytes() or skipped + tensor.nbytes > storage.nbytes():
-            raise ValueError(
-                f"{path}: {name} is not where it should be: damaged, or packed again; load and save it again"
-            )
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        if dtype not in ITEMSIZES:
-            raise ValueError(f"{path}: {name}: dtype {dtype} is not one of {', '.join(ITEMSIZES)}")
-        tensors[name] = StoredTensor(path, start + skipped, tuple(tensor.shape), dtype)
-    return tensors
-
-
-def _read_records(file: BinaryIO) -> dict[int, int]:
-    """Place -> size of every record of a zip archive. ValueError unless they lie plainly one after the other."""
-    sizes, at = {}, 0
-    with zipfile.ZipFile(file) as archive:
-        for record in sorted(archive.infolist(), key=lambda record: record.header_offset):
-            archive.open(record).close()  # compares the record's own header with the archive's directory
-            file.seek(record.header_offset + 26)  # there: the lengths of the name and of a padding before the bytes
-            start = record.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
-            if record.compress_type != zipfile.ZIP_STORED or record.header_offset < at:
-                raise ValueError(f"{record.filename} is compressed or overlaps another record: not by torch.save")
-            sizes[start], at = record.file_size, start + record.file_size
-            file.seek(start)  # torch crashes on another byte order in fake mode, and takes capitals for small letters
-            if record.filename.lower().endswith("/byteorder") and file.read(record.file_size) != b"little":
-                raise ValueError("not saved in little-endian byte order; load and save it again")
-        if at > archive.start_dir:
-            raise ValueError("its last record is longer than the space for it: damaged")
-    return sizes
 
 
 # ------------------------------------------------------------------------------------------------ writing

@@ -20,7 +20,10 @@ from typing import NamedTuple
 
 import sentencepiece
 
-MAX_BYTES = 256 << 20  # no tokenizer comes near it: do not read 10 GB of weights that were named by mistake
+from solar.jsonfile import brief, read_json
+
+MAX_BYTES = 64 << 20  # the largest tokenizer.json has half of it: do not read 10 GB of weights named by mistake
+MAX_ID = 1 << 24  # ids are rows of a matrix
 MARKER = re.compile(r"<[|｜].+[|｜]>")  # <|im_start|>, <|eot_id|>: meant as a control token, whatever its flags say
 
 # Byte-level BPE writes each byte as one printable character: printable Latin-1 as itself, the rest from U+0100 on.
@@ -52,20 +55,29 @@ class Tokenizer:
         self._drops: set[int] = set()  # of these ids, the one that begins a text loses its leading space
         self._drops_all = False  # ... and so does the next one, as long as nothing has been written
         self._errors = "fffd_per_byte"
-        (self._load_json if path.suffix == ".json" else self._load_sentencepiece)(path, config)
+        try:
+            (self._load_json if path.suffix == ".json" else self._load_sentencepiece)(path, config)
+        except UnicodeDecodeError:
+            raise ValueError(f"{path}: not a tokenizer (damaged: a piece that is not UTF-8)") from None
         if not self._bytes:
             raise ValueError(f"{path}: not a tokenizer (its vocabulary is empty)")
         self.vocab_size = max(self._bytes) + 1
+        if self.vocab_size > MAX_ID:
+            raise ValueError(f"{path}: an id of {self.vocab_size - 1}; must be below {MAX_ID}")
 
     def __reduce__(self):  # to a worker process by name: a pickled `tokenizers` object loses encode_special_tokens
         return Tokenizer, (self.path,)
 
     def _load_sentencepiece(self, path: Path, config: dict):
         self._sp = sp = sentencepiece.SentencePieceProcessor()
+        data = path.read_bytes()
         try:
-            sp.LoadFromSerializedProto(path.read_bytes())
-        except RuntimeError:
-            raise ValueError(f"{path}: not a sentencepiece model (cut short, damaged or another format)") from None
+            sp.LoadFromSerializedProto(data)
+            whole = {0x0A, 0x12, 0x1A} <= _parts(data)
+        except (RuntimeError, IndexError):
+            whole = False
+        if not whole:
+            raise ValueError(f"{path}: not a sentencepiece model (cut short, damaged or another format)")
         self.bos_id, self.eos_id = (i if i >= 0 else None for i in (sp.bos_id(), sp.eos_id()))
         self.adds_bos = self.bos_id is not None and config.get("add_bos_token") is not False
         self._ids = {sp.id_to_piece(i): i for i in range(sp.vocab_size())}
@@ -90,7 +102,6 @@ class Tokenizer:
                 self._bytes[i] = b"" if special or MARKER.fullmatch(piece) else piece.encode()
 
     def _load_json(self, path: Path, config: dict):
-        spec = _read_json(path)
         try:
             import tokenizers
         except ImportError:
@@ -98,8 +109,8 @@ class Tokenizer:
         try:
             self._hf = hf = tokenizers.Tokenizer.from_file(str(path))
         except Exception as e:  # the library raises Exception itself, nothing narrower
-            raise ValueError(f"{path}: not a tokenizer that `tokenizers` can read ({e})") from None
-        byte_level, strips = _json_decoder(path, spec.get("decoder"))
+            raise ValueError(f"{path}: not a tokenizer that `tokenizers` can read ({brief(str(e))})") from None
+        byte_level, strips = _json_decoder(path, json.loads(hf.decoder.__getstate__()) if hf.decoder else None)
         hf.no_padding()  # a file may carry the padding and truncation of the run that wrote it
         hf.no_truncation()
         self._ids = hf.get_vocab(with_added_tokens=True)
@@ -117,16 +128,22 @@ class Tokenizer:
         self._drops = {i for i, text in self._bytes.items() if strips and text.startswith(b" ")}
         self._errors = "replace" if byte_level else self._errors
         # The post-processor is what happens, add_bos_token only what was written down beside it.
-        habit = hf.encode("a", add_special_tokens=True).ids[:1] == [self.bos_id]
+        habit = self._hf_encode("a", add_special_tokens=True).ids[:1] == [self.bos_id]
         hf.post_processor = None  # its job is done, and ByteLevel's takes spaces out of the offsets
         self.adds_bos = self.bos_id is not None and (habit or config.get("add_bos_token") is True)
+
+    def _hf_encode(self, text: str, add_special_tokens: bool = False):
+        try:
+            return self._hf.encode(text, add_special_tokens=add_special_tokens)
+        except Exception as e:  # of a vocabulary without some character, and without a token for the unknown
+            raise ValueError(f"{self.path}: cannot encode {brief(text)} ({brief(str(e))})") from None
 
     def _named(self, config: dict, key: str, *usual: str) -> int | None:
         token = config.get(key, usual[0])
         if token is None:
             return None  # "bos_token": null says that there is none
         token = token.get("content") if isinstance(token, dict) else token
-        return next((self._ids[t] for t in (str(token), *usual) if t in self._ids), None)
+        return next((self._ids[t] for t in (token, *usual) if isinstance(t, str) and t in self._ids), None)
 
     def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
         """The ids of `text`, with BOS before and EOS behind it if asked for and if the vocabulary has them.
@@ -136,7 +153,7 @@ class Tokenizer:
         Raises ValueError for what is not Unicode text (a lone surrogate, not a str).
         """
         _check_text(text)
-        ids = self._sp.encode(text) if self._sp else self._hf.encode(text, add_special_tokens=False).ids
+        ids = self._sp.encode(text) if self._sp else self._hf_encode(text).ids
         if not self._spelled.keys().isdisjoint(ids):
             ids = [j for i in ids for j in self._spelled.get(i, [i])]
         head = [self.bos_id] if bos and self.bos_id is not None else []
@@ -150,7 +167,7 @@ class Tokenizer:
         """
         _check_text(text)
         if self._hf:
-            found = self._hf.encode(text, add_special_tokens=False)
+            found = self._hf_encode(text)
             ids, spans = found.ids, found.offsets
         else:
             ids, spans = _sentencepiece_offsets(self._sp, text)
@@ -384,6 +401,22 @@ def _check_text(text: str) -> None:
         raise ValueError(f"encode takes a str without lone surrogates, got {text!a:.80}") from None
 
 
+def _parts(data: bytes) -> set[int]:
+    """Which parts a sentencepiece model has, by their tags: pieces 0x0A, the trainer's settings 0x12, the normaliser's
+    0x1A. The library loads one that is cut between two parts, and puts settings of its own in the place of the last.
+    """
+    at, found = 0, set()
+    while at < len(data):
+        found.add(data[at])
+        length = shift = 0
+        more = True
+        while more:
+            at, more = at + 1, data[at + 1] & 0x80
+            length, shift = length | (data[at] & 0x7F) << shift, shift + 7
+        at += 1 + length
+    return found
+
+
 def _sentencepiece_offsets(sp, text: str) -> tuple[list[int], list[tuple[int, int]]]:
     try:
         found = sp.encode(text, return_type="offset_mapping")
@@ -421,28 +454,31 @@ def _find(path: Path) -> Path:
     return path
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        data = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
-        data = None
-    if not isinstance(data, dict):
-        raise ValueError(f"{path}: not a JSON object (cut short, damaged or another format)")
-    return data
-
-
 def _beside(path: Path, name: str) -> dict:
-    return _read_json(path.with_name(name)) if path.with_name(name).exists() else {}
+    """The JSON object in a file beside the tokenizer, empty if there is none. A pipe or a device is no file."""
+    data = read_json(path.with_name(name)) if path.with_name(name).is_file() else {}
+    if not isinstance(data, dict):
+        raise ValueError(f"{path.with_name(name)}: not a JSON object (cut short, damaged or another format)")
+    return data
 
 
 def _added_tokens(path: Path, config: dict) -> dict[int, tuple[str, bool]]:
     """{id: (piece, special)} of the tokens that the files beside a sentencepiece model add to it."""
+    tokens: dict[int, tuple[str, bool]] = {}
+    beside = [(i, piece, False) for piece, i in _beside(path, "added_tokens.json").items()]
     try:
-        tokens = {int(i): (str(piece), False) for piece, i in _beside(path, "added_tokens.json").items()}
         entries = (config.get("added_tokens_decoder") or {}).items()
-        return tokens | {int(i): (str(entry["content"]), entry.get("special") is True) for i, entry in entries}
+        decoder = [(int(i), entry["content"], entry.get("special") is True) for i, entry in entries]
     except (AttributeError, KeyError, TypeError, ValueError):
-        raise ValueError(f"{path.parent}: malformed added_tokens.json or added_tokens_decoder") from None
+        raise ValueError(f"{path.with_name('tokenizer_config.json')}: malformed added_tokens_decoder") from None
+    for name, added in (("added_tokens.json", beside), ("tokenizer_config.json", decoder)):
+        for i, piece, special in added:
+            # Half of a surrogate pair, which JSON can spell, is no text.
+            text = isinstance(piece, str) and piece.encode(errors="ignore").decode() == piece
+            if type(i) is not int or i < 0 or not text:
+                raise ValueError(f"{path.with_name(name)}: malformed added token {brief(piece)} of id {brief(i)}")
+            tokens[i] = piece, special
+    return tokens
 
 
 def _json_decoder(path: Path, spec) -> tuple[bool, bool]:
@@ -455,4 +491,6 @@ def _json_decoder(path: Path, spec) -> tuple[bool, bool]:
     llama = [space, {"type": "ByteFallback"}, {"type": "Fuse"}]
     if parts in (llama, [*llama, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]):
         return False, len(parts) == 4
-    raise ValueError(f"{path}: decoder {names} is not supported (ByteLevel is, and Replace, ByteFallback, Fuse, Strip)")
+    raise ValueError(
+        f"{path}: decoder {brief(names)} is not supported (ByteLevel, or Replace, ByteFallback, Fuse, Strip)"
+    )

@@ -24,6 +24,7 @@ from solar.checkpoint import CheckpointReader, load_model, save_model
 from solar.config import ModelConfig
 from solar.directory import Weight
 from solar.elements import elements
+from solar.jsonfile import brief
 from solar.model import Transformer, rotary_table
 from solar.plan import Source
 from solar.tensorfile import read_safetensors_header
@@ -370,7 +371,8 @@ WRONG = {
     "one unexpected": (put("model.layers.1.mlp.experts.weight"), [UNKNOWN + "model.layers.1.mlp.experts.weight"]),
     "a layer that is no number": (put("model.layers.x.weight"), [UNKNOWN + "model.layers.x.weight"]),
     "a layer without a name": (put("model.layers."), [UNKNOWN + "model.layers."]),
-    "a name of 5000 digits": (put("a." + "9" * 5000), [UNKNOWN + "a." + "9" * 5000]),
+    "a name of 5000 digits": (put("a." + "9" * 5000), [UNKNOWN + brief("a." + "9" * 5000)]),
+    "a name of two lines": (put("a\nb"), [UNKNOWN + "'a\\nb'"]),
     "a bias that the config denies": (
         put("model.layers.0.self_attn.q_proj.bias"),
         [UNKNOWN + "model.layers.0.self_attn.q_proj.bias"],
@@ -536,6 +538,10 @@ OUTSIDE = [
     7,
     None,
     ["x"],
+    "\ud800",
+    "a\nb",
+    "\x1b[31m",
+    "n" * 256,
 ]
 
 
@@ -551,7 +557,7 @@ def test_an_index_may_name_only_plain_files_of_its_directory(shard, tmp_path):
         load_model(directory)
 
 
-@pytest.mark.parametrize("shard", ["\ud800", "none.safetensors", "n" * 200, "directory", "loop", "dangling"])
+@pytest.mark.parametrize("shard", ["none.safetensors", "n" * 200, "directory", "loop", "dangling"])
 def test_a_shard_that_is_not_there(shard, tmp_path):
     directory = write_shards(tmp_path / "model", CONFIG, tensors_of("llama_mha"))
     (directory / "directory").mkdir()

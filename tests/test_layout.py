@@ -11,8 +11,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A module imports strictly lower layers. L0 also holds kernels/.
 LAYERS = {
+    -2: ["jsonfile"],
+    -1: ["tensorfile"],
     0: [
-        "config", "plan", "cli", "tokenizer", "tensorfile", "losses", "optim", "problems", "permutation", "tally",
+        "config", "plan", "cli", "tokenizer", "archive", "losses", "optim", "problems", "permutation", "tally",
         "chats", "rows",
     ],
     1: [
