@@ -222,6 +222,7 @@ class CurvesOptions:
 
 def curves(options: CurvesOptions) -> None:
     """Draw the loss curves of runs."""
+    check_png(options.png)
     if len(options.runs) > len(loss_curves.MARKS):
         raise ValueError(f"{len(options.runs)} runs: {len(loss_curves.MARKS)} fit into one picture")
     read = [loss_curves.read_curve(Path(run)) for run in options.runs]

@@ -93,8 +93,10 @@ class Perplexity:
 
 
 def ratio_error(tops: np.ndarray, bottoms: np.ndarray) -> float:
-    """The standard error of sum(tops) / sum(bottoms) over N independent pairs (Cochran, Sampling Techniques, chapter 6);
-    nan for fewer than two."""
+    """The standard error of sum(tops) / sum(bottoms) over N independent pairs; nan for fewer than two.
+
+    Cochran, Sampling Techniques, chapter 6: the ratio estimate.
+    """
     count = len(tops)
     if count < 2:
         return math.nan

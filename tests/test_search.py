@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from solar import search
@@ -62,11 +62,12 @@ def test_slices_are_the_plan(plan):
     assert parse_plan(to_text(found), 12) == parse_plan(plan, 12)
 
 
+@settings(max_examples=30, deadline=None)
 @given(n=st.integers(2, 9), data=st.data())
 def test_neighbours_have_the_depth_and_every_layer(n, data):
     length = data.draw(st.integers(1, n))
     plan = one_run(n, data.draw(st.integers(0, n - length)), length)
-    for _ in range(3):
+    for _ in range(2):
         around = set(neighbours(plan, n))
         for near in around:
             layers = [source.layer for source in slices(n, list(near))]
@@ -122,7 +123,7 @@ def test_prefixes_used_again_change_no_perplexity(base, samples):
 
 
 def test_what_is_used_again_costs_nothing(base, samples):
-    layer, head = 405_504, 2048 * 192
+    layer, head = 393_600, 2048 * 192
     scorer = Scorer(base, samples["calibration"], 18, 4096, CACHE)
     assert sum(p.numel() for p in base.model.layers[0].parameters()) == layer
     whole = 18 * layer + head
@@ -172,7 +173,7 @@ def test_a_depth_with_few_plans_is_searched_whole(base, samples):
 
 def test_the_proposal_is_never_worse_than_a_named_plan(base, samples):
     for copies_only in (False, True):
-        found = find(base, 18, samples, 12, 4096, CACHE, copies_only)
+        found = find(base, 18, samples, 7, 4096, CACHE, copies_only)
         reported = {row.name: row.loss("reporting") for row in found.rows if "reporting" in row.measured}
         assert found.rows[0].name == "the base"
         assert reported.keys() >= named_plans(12, 18).keys() - ({"expand:6:1"} if copies_only else set())
@@ -193,19 +194,22 @@ def test_the_proposal_is_never_worse_than_a_named_plan(base, samples):
 
 
 def test_a_named_plan_that_does_better_on_the_reporting_text_is_given_instead(base, samples, monkeypatch):
-    """Whatever the search prefers: here every plan's loss on the reporting text is turned round."""
-    inner = Scorer.score
+    """Whatever calibration and validation prefer."""
+    inner, lucky = Scorer.score, parse_plan("idus:3:1", 12)
 
-    def turned(scorer, plan):
+    def score_with_luck(scorer, plan):
         found = inner(scorer, plan)
-        if scorer.windows is samples["reporting"]:
-            found = Perplexity(found.blocks * [-1, 1, 1] + [100, 0, 0])
-        return found
+        return (
+            Perplexity(found.blocks * [0.5, 1, 1])
+            if scorer.windows is samples["reporting"] and plan == lucky
+            else found
+        )
 
-    monkeypatch.setattr(Scorer, "score", turned)
-    found = find(base, 18, samples, 8, 4096, CACHE, copies_only=True)
+    monkeypatch.setattr(Scorer, "score", score_with_luck)
+    found = find(base, 18, samples, 3, 4096, CACHE)
+    assert (found.copies.name, found.proposal.name) == ("idus:3:1", "idus:3:1")
     assert found.copies is not found.picked
-    assert f"note: validation picked {found.picked.name}; {found.copies.name} does better" in search.table(found)
+    assert f"note: validation picked {found.picked.name}; idus:3:1 does better" in search.table(found)
 
 
 def test_a_plan_that_gives_no_number_is_never_chosen():
