@@ -3,7 +3,7 @@
 Three samples of a text, none of which shares a window with another, keep the search honest:
 
     calibration    what plans are tried on, as many as the budget of forward passes allows
-    validation     by which the best of the finalists, the named plans among them, is picked
+    validation     by which the best of the finalists is picked
     reporting      of which the figures are, and on which nothing has been chosen yet
 
 The named plans of that depth (`dus`, `idus`, `stack`, `expand`) are measured on the reporting text too. Where one of
@@ -44,7 +44,7 @@ from solar.windows import Window, batches, collate
 
 FAR_OFF = 1.0  # nats a token above the best plan: such plans teach nothing about the good ones
 RIDGE = 0.1
-FINALISTS = 3  # plans that the search hands over to validation, beside the named ones
+FINALISTS = 6  # plans that calibration hands over to validation
 
 Slices = tuple[tuple[int, int], ...]  # half-open ranges of the base's layers, one behind the other
 
@@ -314,22 +314,19 @@ def find(
     see `Scorer`. Raises ValueError as `named_plans` does, and for a budget that does not allow to try a plan.
     """
     n = len(base.model.layers)
-    named = [Row(name, plan) for name, plan in named_plans(n, depth).items() if is_of_copies(plan) or not copies_only]
     if not budget >= 1:
-        raise ValueError(f"--budget {budget}: at least 1 forward pass is needed")
+        raise ValueError(f"--budget {budget:g}: at least 1 forward pass is needed")
     whole = Row("the base", slices(n, [(0, n)]))
+    named = [Row(name, plan) for name, plan in named_plans(n, depth).items() if is_of_copies(plan) or not copies_only]
     of_copies = [row for row in named if is_of_copies(row.plan)]
     scorer = Scorer(base, samples["calibration"], depth, batch_tokens, cache_bytes)
-    starts = [row.plan for row in of_copies]
-    progress = cli.Progress("searching", budget, show_passes)
-    trials = explore(scorer, depth, starts, budget, progress.advance)
+    progress = cli.Progress("searching", budget, lambda count: f"{count:.1f} passes")
+    trials = explore(scorer, depth, [row.plan for row in of_copies], budget, progress.advance)
     progress.close()
-    ours = {to_slices(row.plan) for row in [whole, *of_copies]}
-    best = sorted((trial for plan, trial in trials.items() if plan not in ours), key=lambda trial: trial.loss)
-    finalists = [Row(to_text(trial.plan), slices(n, list(trial.plan))) for trial in best[:FINALISTS]]
-    if not finalists and not of_copies:
+    leading = finalists(trials, of_copies, n)
+    if not leading:
         raise ValueError(f"--budget {budget:g}: not enough to try a plan of {depth} layers; give more")
-    rows = [whole, *named, *finalists]
+    rows = [whole, *named, *(row for row in leading if row not in named)]
     for row in rows:
         computed = to_slices([source for source in row.plan if source.init == "copy"])
         if computed in trials:
@@ -345,16 +342,22 @@ def find(
             progress.advance(1)
         progress.close()
 
-    measure("validation", rows)
-    picked = min([*finalists, *of_copies], key=lambda row: row.loss("validation"))
-    measure("reporting", [whole, *named, *(row for row in finalists if row is picked)])
+    measure("validation", [whole, *leading])
+    picked = min(leading, key=lambda row: row.loss("validation"))
+    measure("reporting", [whole, *named, *[picked] * (picked not in named)])
     copies = min([picked, *of_copies], key=lambda row: row.loss("reporting"))
     proposal = min([copies, *named], key=lambda row: row.loss("reporting"))
     return Found(rows, picked, copies, proposal, passes, list(trials.values()))
 
 
-def show_passes(count: float) -> str:
-    return f"{count:.1f} passes"
+def finalists(trials: dict[Slices, Trial], named: Sequence[Row], n: int) -> list[Row]:
+    """The plans that validation decides between: FINALISTS that calibration likes best, and always a named one."""
+    ranked = sorted((trial for plan, trial in trials.items() if plan != ((0, n),)), key=lambda trial: trial.loss)
+    known = {to_slices(row.plan): row for row in named}
+    rows = [known.get(trial.plan) or Row(to_text(trial.plan), slices(n, list(trial.plan))) for trial in ranked]
+    first_named = next((row for row in rows[FINALISTS:] if row in named), None)
+    heard = any(row in named for row in rows[:FINALISTS])
+    return rows[:FINALISTS] + [first_named] * (first_named is not None and not heard)
 
 
 def to_text(plan: Slices) -> str:
