@@ -55,7 +55,8 @@ class TextOptions:
 
 
 def open_model(options: TextOptions, sizes: list[int], plan: str = "copy") -> tuple[Transformer, list[list[Window]]]:
-    """The model, grown by a plan if there is one, and samples of the text, of at least so many tokens each.
+    """The model, grown by a plan if there is one, and samples of the text, of at least so many tokens each; a single
+    sample may be shorter, where the text is.
 
     The model is that of an up-scaling, a Llama without sliding window: within the window that is read its logits are
     the base's. Raises as `load_model`, `read_texts` and `deal` do, and ValueError for flags out of range.
@@ -69,7 +70,7 @@ def open_model(options: TextOptions, sizes: list[int], plan: str = "copy") -> tu
     window = choose_window(min(WINDOW, room) if options.window is None else options.window, room, options.model)
     tokenizer = Tokenizer(options.model)
     sources = [source for path in options.data for source in read_texts(path)]
-    return model, deal(sources, tokenizer, window, tokenizer.adds_bos, sizes)
+    return model, deal(sources, tokenizer, window, tokenizer.adds_bos, sizes, fewer=len(sizes) == 1)
 
 
 def to_batches(model: Transformer, windows: list[Window], options: TextOptions) -> list[Batch]:
@@ -128,7 +129,7 @@ class LayersOptions(TextOptions):
     """Flags of `layers`."""
 
     plan: str = cli.flag("copy", help=f"look at the model grown by this: {plans.GRAMMAR}")
-    tokens: int = cli.flag(4096, help="of the text, at least", metavar="N")
+    tokens: int = cli.flag(4096, help="of the text, as far as there is one", metavar="N")
 
 
 def layers(options: LayersOptions) -> None:
@@ -153,7 +154,7 @@ class SeamsOptions(TextOptions):
     """Flags of `seams`."""
 
     plan: str = cli.flag("dus", help=plans.GRAMMAR)
-    tokens: int = cli.flag(2048, help="of the text, at least", metavar="N")
+    tokens: int = cli.flag(2048, help="of the text, as far as there is one", metavar="N")
 
 
 def seams(options: SeamsOptions) -> None:

@@ -270,14 +270,14 @@ def table(rows: Sequence[tuple[str, int, dict[str, Perplexity]]]) -> str:
     files = list(rows[0][2])
     names = [name for plan, *_ in rows for name in (plan, *(f"  {file}" for file in files if len(files) > 1))]
     wide = max(len(name) for name in names)
-    lines = [f"{'':<{wide}}  layers          perplexity        bits per byte  nats a token more"]
+    lines = [f"{'':<{wide}}  layers            perplexity        bits per byte  nats a token more"]
     for plan, layers, found in rows:
         parts = {plan: (layers, together(found.values()), together(rows[0][2].values()))}
         if len(files) > 1:
             parts |= {f"  {file}": ("", part, rows[0][2][file]) for file, part in found.items()}
         for name, (depth, part, first) in parts.items():
             line = (
-                f"{name:<{wide}}  {depth:>6}  {with_error(part.perplexity, part.perplexity_error):>18}  "
+                f"{name:<{wide}}  {depth:>6}  {with_error(part.perplexity, part.perplexity_error):>20}  "
                 f"{with_error(part.bits_per_byte, part.bits_per_byte_error, 3):>19}"
             )
             more = "" if found is rows[0][2] else f"  {with_error(*part.over(first), 4, '+'):>17}"

@@ -420,15 +420,15 @@ def draw(found: Found, figure) -> None:
     """Perplexity of every trial against the passes computed, the least so far, and the named plans as lines."""
     axes = figure.subplots()
     trials = found.trials[1:]  # without the base
-    losses = [exp(trial.loss) for trial in trials]
-    least = [min(losses[: i + 1]) for i in range(len(losses))]
-    passes = [trial.passes for trial in trials]
-    axes.semilogy(passes, losses, ".", label="plans tried", alpha=0.6)
-    axes.step(passes, least, where="post", label="best so far")
-    for row in found.rows:
-        named = row is found.rows[0] or row.name.partition(":")[0] in ("dus", "idus", "stack")
-        if named and (part := row.measured.get("calibration")) and part.perplexity < 10 * min(losses):
+    losses = [trial.loss for trial in trials]
+    shown = [trial for trial in trials if trial.loss < min(losses) + FAR_OFF]
+    axes.plot([trial.passes for trial in shown], [exp(trial.loss) for trial in shown], ".", label="plans tried")
+    least = [exp(min(losses[: i + 1])) for i in range(len(losses))]
+    axes.step([trial.passes for trial in trials], least, where="post", label="best so far")
+    named = [row for row in found.rows if not row.name.startswith("slices") and is_of_copies(row.plan)]
+    for row in named:
+        if (part := row.measured.get("calibration")) and row.loss("calibration") < min(losses) + FAR_OFF:
             axes.axhline(part.perplexity, color="gray", linewidth=0.7)
-            axes.annotate(row.name, (passes[-1], part.perplexity), fontsize=7, ha="right", va="bottom")
+            axes.annotate(row.name, (trials[-1].passes, part.perplexity), fontsize=7, ha="right", va="bottom")
     axes.set(xlabel="forward passes over the calibration text", ylabel="perplexity of the calibration text")
     axes.legend()

@@ -177,12 +177,18 @@ def _opened(ids: np.ndarray, nbytes: np.ndarray, tokenizer: Tokenizer, bos: bool
 
 
 def deal(
-    sources: Sequence[tuple[str, Iterator[str]]], tokenizer: Tokenizer, window: int, bos: bool, sizes: Sequence[int]
+    sources: Sequence[tuple[str, Iterator[str]]],
+    tokenizer: Tokenizer,
+    window: int,
+    bos: bool,
+    sizes: Sequence[int],
+    fewer: bool = False,
 ) -> list[list[Window]]:
     """Samples of at least `sizes` counted tokens, in windows that do not overlap: no two samples share one.
 
     The windows come from all sources, from the beginning of each: the one that has given the fewest tokens gives the
-    next. sources: as `read_texts` gives them. Raises ValueError if there are not so many tokens.
+    next. sources: as `read_texts` gives them. Raises ValueError if there are not so many tokens; or none, if `fewer`
+    will do.
     """
     enough = 16 * (sum(sizes) + window)  # characters of a text: what lies behind need not be tokenised
 
@@ -197,6 +203,8 @@ def deal(
     for size in sizes:
         sample, tokens = [], 0
         while tokens < size:
+            if not streams and fewer and sample:
+                break
             if not streams:
                 raise ValueError(
                     f"{', '.join(given)}: {sum(given.values()):,} tokens in all, {sum(sizes):,} are wanted; "

@@ -125,6 +125,10 @@ def test_samples_share_no_window_and_are_dealt_from_all_sources(tokenizer):
     assert [w.block for w in samples[1]] == list(range(len(samples[1])))
     with pytest.raises(ValueError, match=r"apple: [\d,]+ tokens in all, 90,000 are wanted"):
         deal([("apple", iter([texts["apple"]]))], tokenizer, 32, False, [90_000])
+    (whole,) = deal([("apple", iter([texts["apple"]]))], tokenizer, 32, False, [90_000], fewer=True)
+    assert sum(len(w.ids) for w in whole) == len(tokenizer.encode(texts["apple"], bos=False))
+    with pytest.raises(ValueError, match="empty: 0 tokens in all"):
+        deal([("empty", iter(["", " "]))], tokenizer, 32, False, [5], fewer=True)
 
 
 def test_what_files_hold_is_read_as_texts(write):
