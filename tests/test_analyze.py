@@ -12,7 +12,7 @@ from solar.perplexity import BASE, score, total
 from solar.plan import parse_plan
 
 SMALL = {"window": 48, "data": ["problems"]}
-SEARCH = SMALL | {"calibration": 60, "validation": 100, "reporting": 150, "budget": 6.0}
+SEARCH = SMALL | {"calibration": 60, "validation": 100, "reporting": 150, "budget": 4.0}
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +54,7 @@ def test_search_proposes_a_plan_that_every_command_takes(tmp_path, capsys):
     report, copies, proposal = (read(tmp_path / f"{name}-16.json") for name in ("search", "copies", "plan"))
     assert printed.splitlines()[-1] == str(tmp_path / "plan-16.json")
     assert proposal["plan_text"] == report["proposal"] == "expand:4:1"
-    assert report["passes"] <= 6
+    assert report["passes"] <= 4
     rows = {row["name"]: row for row in report["rows"]}
     assert rows["expand:4:1"]["reporting"]["loss"] == rows["the base"]["reporting"]["loss"]
     for name, kept in (("copies", copies), ("plan", proposal)):
@@ -124,7 +124,7 @@ def test_pictures_are_drawn_where_matplotlib_is(tmp_path, monkeypatch, capsys):
     out = {"out": str(tmp_path)}
     analyze.layers(analyze.LayersOptions(**SMALL, **out, tokens=50))
     analyze.seams(analyze.SeamsOptions(**SMALL, **out, tokens=50, png=str(tmp_path / "other.png")))
-    analyze.search(analyze.SearchOptions(**(SEARCH | {"budget": 3.0}), **out, depth=14))
+    analyze.search(analyze.SearchOptions(**(SEARCH | {"budget": 2.0}), **out, depth=14))
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["layers.png", "other.png", "search-14.png"]
     assert {"bar", "imshow", "colorbar", "axvline", "plot", "step", "axhline"} <= set(calls)
     assert str(tmp_path / "other.png") in capsys.readouterr().out

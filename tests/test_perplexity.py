@@ -50,8 +50,9 @@ def test_a_text_within_one_window_costs_what_one_pass_says(model, tokenizer, str
 
 def test_sliding_windows_give_each_token_its_context(model, tokenizer):
     """By hand: token i is predicted in the first window that reaches it."""
-    ids, nbytes = encode(tokenizer, TEXT)
-    window, stride = 24, 7
+    text = TEXT[:100]
+    ids, nbytes = encode(tokenizer, text)
+    window, stride = 16, 5
     found = total(windows := cut(ids, nbytes, window, stride), score(model, windows, batch_tokens=100))
     costs = []
     for i in range(1, len(ids)):
@@ -59,7 +60,7 @@ def test_sliding_windows_give_each_token_its_context(model, tokenizer):
         costs.append(one_pass(model, ids[start : i + 1])[-1].item())
     assert found.tokens == len(costs) == len(ids) - 1
     assert found.nats == pytest.approx(sum(costs), rel=1e-6)
-    assert found.nbytes == len(TEXT) - nbytes[0]
+    assert found.nbytes == len(text) - nbytes[0]
 
 
 def test_a_stride_of_a_window_is_disjoint_windows(model, tokenizer):
@@ -77,11 +78,6 @@ def test_what_shares_a_batch_changes_nothing(model, tokenizer):
     counted = []
     score(model, windows, 128, counted.append)
     assert sum(counted) == sum(w.nbytes for w in windows)
-
-
-def test_more_context_makes_text_likelier(model, tokenizer):
-    losses = [perplexity(model, tokenizer, [TEXT * 3], 64, stride).loss for stride in (64, 32, 8)]
-    assert losses == sorted(losses, reverse=True)
 
 
 def test_standard_errors_are_those_of_the_mean():

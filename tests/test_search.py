@@ -150,7 +150,7 @@ def test_what_is_kept_stays_within_its_bytes(base, samples):
     assert scorer.cost(parse_plan("copy", 12)) < 0.1
 
 
-@pytest.mark.parametrize("budget", [1, 4.5, 9])
+@pytest.mark.parametrize("budget", [1, 4.5])
 def test_the_budget_is_kept(base, samples, budget):
     scorer, told = Scorer(base, samples["calibration"], 16, 4096, CACHE), []
     trials = explore(scorer, 16, [parse_plan("dus:4", 12)], budget, told.append)
@@ -163,39 +163,29 @@ def test_the_budget_is_kept(base, samples, budget):
 
 def test_a_depth_with_few_plans_is_searched_whole(base, samples):
     """13 layers: one layer stands twice, of which there are 12 plans; each is tried once, whatever the budget."""
-    scorer = Scorer(base, samples["calibration"], 13, 4096, CACHE)
-    trials = explore(scorer, 13, [], 1000, lambda _: None)
-    assert len(trials) == 13
-    losses = {plan: trial.loss for plan, trial in trials.items()}
     found = find(base, 13, samples, 1000, 4096, CACHE, copies_only=True)
-    assert to_slices(found.rows[1].plan) == min(losses.keys() - {((0, 12),)}, key=losses.__getitem__)
+    assert len(found.trials) == 13
+    losses = {trial.plan: trial.loss for trial in found.trials[1:]}
+    assert to_slices(found.rows[1].plan) == min(losses, key=losses.__getitem__)
 
 
 def test_the_proposal_is_never_worse_than_a_named_plan(base, samples):
-    for copies_only in (False, True):
-        found = find(base, 18, samples, 7, 4096, CACHE, copies_only)
-        reported = {row.name: row.loss("reporting") for row in found.rows if "reporting" in row.measured}
-        assert found.rows[0].name == "the base"
-        assert reported.keys() >= named_plans(12, 18).keys() - ({"expand:6:1"} if copies_only else set())
-        compared = [loss for name, loss in reported.items() if name != "the base"]
-        assert found.proposal.loss("reporting") == min(compared)
-        assert found.copies.loss("reporting") == min(
-            row.loss("reporting")
-            for row in found.rows[1:]
-            if "reporting" in row.measured and search.is_of_copies(row.plan)
-        )
-        if not copies_only:
-            assert reported["expand:6:1"] == pytest.approx(reported["the base"], abs=1e-6)
-        scratch = load_model(BASE, "float32", plan=found.copies.plan)
-        windows = samples["reporting"]
-        assert total(windows, score(scratch, windows)).loss == pytest.approx(found.copies.loss("reporting"), rel=1e-6)
-        assert found.copies.name in search.table(found)
-        assert json.loads(json.dumps(search.to_json(found)))["proposal"] == found.proposal.name
+    found = find(base, 16, samples, 6, 4096, CACHE)
+    reported = {row.name: row.loss("reporting") for row in found.rows[1:] if "reporting" in row.measured}
+    assert reported.keys() >= named_plans(12, 16).keys()
+    assert found.proposal.loss("reporting") == min(reported.values())
+    assert found.copies.loss("reporting") == min(loss for name, loss in reported.items() if "expand" not in name)
+    assert reported["expand:4:1"] == found.rows[0].loss("reporting")
+    scratch = load_model(BASE, "float32", plan=found.copies.plan)
+    windows = samples["reporting"]
+    assert total(windows, score(scratch, windows)).loss == pytest.approx(found.copies.loss("reporting"), rel=1e-6)
+    assert found.copies.name in search.table(found)
+    assert json.loads(json.dumps(search.to_json(found)))["proposal"] == found.proposal.name
 
 
 def test_a_named_plan_that_does_better_on_the_reporting_text_is_given_instead(base, samples, monkeypatch):
     """Whatever calibration and validation prefer."""
-    inner, lucky = Scorer.score, parse_plan("idus:3:1", 12)
+    inner, lucky = Scorer.score, parse_plan("idus:5:1", 12)
 
     def score_with_luck(scorer, plan):
         found = inner(scorer, plan)
@@ -206,10 +196,10 @@ def test_a_named_plan_that_does_better_on_the_reporting_text_is_given_instead(ba
         )
 
     monkeypatch.setattr(Scorer, "score", score_with_luck)
-    found = find(base, 18, samples, 3, 4096, CACHE)
-    assert (found.copies.name, found.proposal.name) == ("idus:3:1", "idus:3:1")
+    found = find(base, 14, samples, 3, 4096, CACHE)
+    assert (found.copies.name, found.proposal.name) == ("idus:5:1", "idus:5:1")
     assert found.copies is not found.picked
-    assert f"note: validation picked {found.picked.name}; idus:3:1 does better" in search.table(found)
+    assert f"note: validation picked {found.picked.name}; idus:5:1 does better" in search.table(found)
 
 
 def test_a_plan_that_gives_no_number_is_never_chosen():
