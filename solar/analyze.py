@@ -79,6 +79,11 @@ def to_batches(model: Transformer, windows: list[Window], options: TextOptions) 
     return [collate([windows[i] for i in batch], device) for batch in batches(windows, options.batch_tokens)]
 
 
+def names(paths: list[str]) -> str:
+    """Of a few files their names, of many how many."""
+    return ", ".join(Path(path).name for path in paths) if len(paths) <= 3 else f"{len(paths)} files"
+
+
 def tokens_of(sample: list[Batch]) -> int:
     return sum(int(batch.real.sum()) for batch in sample)
 
@@ -139,7 +144,7 @@ def layers(options: LayersOptions) -> None:
     progress = cli.Progress("comparing", tokens_of(sample), show_tokens)
     found = similarity.measure(model, sample, progress.advance)
     progress.close()
-    print(f"{options.model}, {options.plan}: {tokens_of(sample):,} tokens of {', '.join(options.data)}")
+    print(f"{options.model}, {options.plan}: {tokens_of(sample):,} tokens of {names(options.data)}")
     print(similarity.table(found))
     path = record(options, "layers", {"plan": options.plan, "tokens": tokens_of(sample), **similarity.to_json(found)})
     picture(options.png, path.with_suffix(".png"), lambda figure: similarity.draw(found, figure), (12, 5))
@@ -165,7 +170,7 @@ def seams(options: SeamsOptions) -> None:
     progress = cli.Progress("comparing", tokens_of(sample), show_tokens)
     found = joins.measure(base, plan, sample, progress.advance)
     progress.close()
-    print(f"{options.model}, {options.plan}: {tokens_of(sample):,} tokens of {', '.join(options.data)}")
+    print(f"{options.model}, {options.plan}: {tokens_of(sample):,} tokens of {names(options.data)}")
     print(plans.layer_table(plan))
     print(joins.table(found))
     values = {"plan_text": options.plan, "plan": plans.to_json(plan), "tokens": tokens_of(sample)}
@@ -198,7 +203,7 @@ def search(options: SearchOptions) -> None:
     depth = options.depth if options.depth is not None else 2 * (n - n // 4)
     samples = dict(zip(sizes, windows, strict=True))
     counts = ", ".join(f"{name} {sum(w.counted for w in sample):,}" for name, sample in samples.items())
-    print(f"{options.model}: {n} -> {depth} layers; tokens of {', '.join(options.data)}: {counts}", flush=True)
+    print(f"{options.model}: {n} -> {depth} layers; tokens of {names(options.data)}: {counts}", flush=True)
     limits = options.budget, options.batch_tokens, options.cache_bytes
     found = plan_search.find(base, depth, samples, *limits, options.copies_only)
     print(plan_search.table(found))
