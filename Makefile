@@ -56,7 +56,7 @@ DPO_RECIPE := --stage dpo $(PAIRS_RECIPE) --batch-size 4 --lr 5e-5 --beta 0.1 --
   --eval-every 0 --save-every 1000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup upscale base pretrain sft reference dpo sdpo merge align test test-full test-gpu bench-gpu bench clean check check-dev
+.PHONY: help setup upscale base pretrain sft reference dpo sdpo merge align analyze test test-full test-gpu bench-gpu bench clean check check-dev
 
 help:  ## this list
 	@echo "usage: make TARGET [MODEL=DIR] [OUT=DIR] [PLAN=dus:8] [NPROC=N] [PYTHON=python3] [ARGS=...]"
@@ -220,6 +220,12 @@ $(A)/merge-v3/model: AMOUNT = --weights 0.6 0.4
 $(A)/merge-v4/model: AMOUNT = --method slerp --t 0.5
 $(A)/merge-v%/model: $(A)/cand-1/model $(A)/cand-2/model
 	@$(PY) -m solar.merge --models $^ --out $@ --force $(AMOUNT)
+
+# ARGS are those of the search, such as ARGS='--depth 20 --copies-only'.
+analyze: $(READY)  ## what each layer of MODEL does, the seams of PLAN, and the best plan for a depth; on DATA
+	@$(PY) -m solar.analyze layers --model "$(MODEL)" $(call given,DATA,data)
+	@$(PY) -m solar.analyze seams --model "$(MODEL)" $(call given,DATA,data) --plan "$(PLAN)"
+	@$(PY) -m solar.analyze search --model "$(MODEL)" $(call given,DATA,data) $(ARGS)
 
 test: $(TESTS)  ## every check that a CPU can run; before each commit, and in CI
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .

@@ -15,7 +15,8 @@ The reading order of this repository:
 11. `solar/chats.py`      rows of instruction and preference files; then `solar/examples.py`, `solar/packed.py`
 12. `solar/reference.py`  what DPO compares with
 13. `solar/merge.py`      averages of models
-14. `Makefile`            the recipes: `make align` is the whole paper in miniature
+14. `solar/perplexity.py` how well a model predicts a text; `solar/analyze.py`: what its layers do, and the best plan
+15. `Makefile`            the recipes: `make align` is the whole paper in miniature
 
 Arrows between modules point down only; tests/test_layout.py holds the table against the imports.
 """

@@ -1,115 +1,221 @@
-"""Looking at what training did: `python -m solar.analyze curves RUN...`.
+"""Looking into models and runs: `python -m solar.analyze layers|seams|search|curves`. No checkpoint is written.
 
-Each RUN is what train.py was given as --out. Loss curves come as characters on the terminal and, where matplotlib is
-installed, as a PNG; below them stands what each run scored on held-out text, before and after.
+    layers    how much each layer does, and which are alike          (solar/similarity.py)
+    seams     what a plan does to the stream at its joins            (solar/seams.py)
+    search    for a depth, the plan that hurts least before training (solar/search.py)
+    curves    what training did: loss curves of runs                 (solar/curves.py)
+
+Each prints a table. The first three write what they measured as JSON into --out, `search` also the plan it found, for
+any --plan. Where matplotlib is installed there are pictures too.
 """
 
 import importlib.util
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
-from solar import cli
-from solar.metrics import read_metrics
+from kernels import CHOICES
+from solar import cli, similarity
+from solar import curves as loss_curves
+from solar import plan as plans
+from solar import seams as joins
+from solar import search as plan_search
+from solar.checkpoint import load_model
+from solar.model import Transformer
+from solar.perplexity import BASE, BATCH_TOKENS, choose_window, place
+from solar.tokenizer import Tokenizer
+from solar.windows import Batch, Window, batches, collate, deal, read_texts
 
-MARKS = "ox+*#@%&"  # of the runs, in the terminal
+WINDOW = 512
+
+# ------------------------------------------------------------------------------------------------ what they share
 
 
 @dataclass
-class Curve:
-    """One run: its label, (step, loss of that step), and (step, {source: held-out loss})."""
+class TextOptions:
+    """Flags of the analyses that run a model on a text."""
 
-    label: str
-    steps: list[int]
-    losses: list[float]
-    heldout: list[tuple[int, dict[str, float]]]
-
-
-def read_curve(run: Path) -> Curve:
-    """The curve of a run's metrics.jsonl. Raises FileNotFoundError for a run without one, ValueError without a step."""
-    path = run / "metrics.jsonl"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; give what train.py had as --out")
-    entries = read_metrics(path)
-    taken = [entry for entry in entries if isinstance(entry.get("loss"), float)]
-    if not taken:
-        raise ValueError(f"{path}: no step in it yet")
-    heldout = [(entry["step"], entry["heldout"]) for entry in entries if entry.get("heldout")]
-    return Curve(run.name, [entry["step"] for entry in taken], [entry["loss"] for entry in taken], heldout)
+    model: str = cli.flag(BASE, help="model directory", metavar="DIR")
+    data: list[str] = cli.flag(
+        ["stdlib", "problems"],
+        help="text or .jsonl files, directories of them, or stdlib, problems: what was held out of those",
+        metavar="FILE",
+    )
+    window: int | None = cli.flag(
+        None, help=f"tokens read at once (default: {WINDOW}, or as many as there is room for)"
+    )
+    batch_tokens: int = cli.flag(BATCH_TOKENS, help="tokens that go through the model side by side", metavar="N")
+    device: str = cli.flag("auto", help="cuda, cpu, or auto: a GPU if there is one")
+    dtype: Literal["auto", "bf16", "fp32"] = cli.flag("auto", help="to compute in; auto: bf16 on a GPU, fp32 elsewhere")
+    kernels: Literal[CHOICES] = cli.flag("auto", help="which implementation of the operations")
+    out: str = cli.flag("out/analyze", help="directory for JSON and pictures; what is there is replaced", metavar="DIR")
+    png: str | None = cli.flag(None, help="picture to write (default: one in --out)", metavar="FILE")
 
 
-def smooth(losses: list[float], window: int) -> list[float]:
-    """The mean of each loss and the window - 1 before it, as far as there are any."""
-    sums = [0.0]
-    for loss in losses:
-        sums.append(sums[-1] + loss)
-    return [(sums[i + 1] - sums[max(i + 1 - window, 0)]) / min(i + 1, window) for i in range(len(losses))]
+def open_model(options: TextOptions, sizes: list[int], plan: str = "copy") -> tuple[Transformer, list[list[Window]]]:
+    """The model, grown by a plan if there is one, and samples of the text, of at least so many tokens each; a single
+    sample may be shorter, where the text is.
+
+    The model is that of an up-scaling, a Llama without sliding window: within the window that is read its logits are
+    the base's. Raises as `load_model`, `read_texts` and `deal` do, and ValueError for flags out of range.
+    """
+    check_png(options.png)
+    for name, value in (("--batch-tokens", options.batch_tokens), ("a sample's tokens", min(sizes))):
+        if value < 1:
+            raise ValueError(f"{name}: {value}, at least 1 is needed")
+    model = load_model(options.model, plan=plan, **place(options))
+    room = model.config.max_position_embeddings
+    window = choose_window(min(WINDOW, room) if options.window is None else options.window, room, options.model)
+    tokenizer = Tokenizer(options.model)
+    sources = [source for path in options.data for source in read_texts(path)]
+    return model, deal(sources, tokenizer, window, tokenizer.adds_bos, sizes, fewer=len(sizes) == 1)
 
 
-def plot_text(curves: list[Curve], width: int = 72, height: int = 18) -> str:
-    """All curves as lines of characters, smoothed over a width-th of the longest, with the axes' ends written out."""
-    last = max(curve.steps[-1] for curve in curves)
-    first = min(curve.steps[0] for curve in curves)
-    columns = []
-    for curve in curves:
-        smoothed = smooth(curve.losses, max(len(curve.losses) // width, 1))
-        column: dict[int, float] = {}
-        for step, loss in zip(curve.steps, smoothed, strict=True):
-            column[round((step - first) / max(last - first, 1) * (width - 1))] = loss
-        columns.append(column)
-    low = min(min(column.values()) for column in columns)
-    high = max(max(column.values()) for column in columns)
-    grid = [[" "] * width for _ in range(height)]
-    for mark, column in zip(MARKS, columns, strict=False):
-        for x, loss in column.items():
-            y = round((high - loss) / max(high - low, 1e-12) * (height - 1))
-            grid[y][x] = mark
-    lines = []
-    for y, row in enumerate(grid):
-        label = f"{high:8.3f} " if y == 0 else f"{low:8.3f} " if y == height - 1 else " " * 9
-        lines.append(f"{label}|{''.join(row).rstrip()}")
-    lines.append(" " * 9 + "+" + "-" * width)
-    lines.append(" " * 10 + f"step {first}".ljust(width - 10) + f"{last}".rjust(10))
-    lines += [f"{mark:>10} {curve.label}" for mark, curve in zip(MARKS, curves, strict=False)]
-    return "\n".join(lines)
+def to_batches(model: Transformer, windows: list[Window], options: TextOptions) -> list[Batch]:
+    """A sample on the model's device."""
+    device = model.model.embed_tokens.weight.device
+    return [collate([windows[i] for i in batch], device) for batch in batches(windows, options.batch_tokens)]
 
 
-def table_of_heldout(curves: list[Curve]) -> str:
-    """What each run scored on the held-out text of each source, first and last."""
-    sources = sorted({source for curve in curves for _, losses in curve.heldout for source in losses})
-    if not sources:
-        return ""
-    wide = max(len(curve.label) for curve in curves)
-    lines = [f"{'held-out loss':<{wide}}" + "".join(f"  {source[-24:]:>26}" for source in sources)]
-    for curve in curves:
-        line = f"{curve.label:<{wide}}"
-        for source in sources:
-            seen = [(step, losses[source]) for step, losses in curve.heldout if source in losses]
-            text = f"{seen[0][1]:.4f} -> {seen[-1][1]:.4f} ({seen[-1][0]})" if seen else "-"
-            line += f"  {text:>26}"
-        lines.append(line)
-    return "\n".join(lines)
+def names(paths: list[str]) -> str:
+    """Of a few files their names, of many how many."""
+    return ", ".join(Path(path).name for path in paths) if len(paths) <= 3 else f"{len(paths)} files"
 
 
-def plot_png(curves: list[Curve], path: Path) -> None:
-    """The same as a picture. Needs matplotlib."""
+def tokens_of(sample: list[Batch]) -> int:
+    return sum(int(batch.real.sum()) for batch in sample)
+
+
+def show_tokens(count: float) -> str:
+    return f"{count:,.0f} tokens"
+
+
+def record(options: TextOptions, name: str, values: dict[str, Any]) -> Path:
+    """Write OUT/NAME.json: the values, and on what they were measured."""
+    path = Path(options.out) / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = {"model": options.model, "data": options.data} | values
+    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def check_png(png: str | None) -> None:
+    """ValueError if a picture is asked for and nothing here can draw it."""
+    if png and not importlib.util.find_spec("matplotlib"):
+        raise ValueError("--png needs matplotlib: pip install matplotlib")
+
+
+def picture(png: str | None, default: Path, draw: Callable[[Any], None], size: tuple[float, float] = (8, 5)) -> None:
+    """Write a picture and print its path, if matplotlib is installed. draw: told the figure. Raises as `check_png`."""
+    check_png(png)
+    if not importlib.util.find_spec("matplotlib"):
+        return
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for curve in curves:
-        (line,) = axes.plot(curve.steps, smooth(curve.losses, max(len(curve.losses) // 100, 1)), label=curve.label)
-        for source in sorted({source for _, losses in curve.heldout for source in losses}):
-            points = [(step, losses[source]) for step, losses in curve.heldout if source in losses]
-            axes.plot(*zip(*points, strict=True), "o--", color=line.get_color(), alpha=0.5, markersize=3)
-            axes.annotate(source, points[-1], fontsize=7, alpha=0.7)
-    axes.set(xlabel="step", ylabel="loss of a token (nats)")
-    axes.legend()
-    axes.grid(alpha=0.3)
+    path = Path(png or default)
+    figure = pyplot.figure(figsize=size, layout="constrained")
+    draw(figure)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+    print(path)
+
+
+# ------------------------------------------------------------------------------------------------ layers
+
+
+@dataclass
+class LayersOptions(TextOptions):
+    """Flags of `layers`."""
+
+    plan: str = cli.flag("copy", help=f"look at the model grown by this: {plans.GRAMMAR}")
+    tokens: int = cli.flag(4096, help="of the text, as far as there is one", metavar="N")
+
+
+def layers(options: LayersOptions) -> None:
+    """Measure the influence of each layer, and how alike the states behind any two are."""
+    model, (windows,) = open_model(options, [options.tokens], options.plan)
+    sample = to_batches(model, windows, options)
+    progress = cli.Progress("comparing", tokens_of(sample), show_tokens)
+    found = similarity.measure(model, sample, progress.advance)
+    progress.close()
+    print(f"{options.model}, {options.plan}: {tokens_of(sample):,} tokens of {names(options.data)}")
+    print(similarity.table(found))
+    path = record(options, "layers", {"plan": options.plan, "tokens": tokens_of(sample), **similarity.to_json(found)})
+    picture(options.png, path.with_suffix(".png"), lambda figure: similarity.draw(found, figure), (12, 5))
+    print(path)
+
+
+# ------------------------------------------------------------------------------------------------ seams
+
+
+@dataclass
+class SeamsOptions(TextOptions):
+    """Flags of `seams`."""
+
+    plan: str = cli.flag("dus", help=plans.GRAMMAR)
+    tokens: int = cli.flag(2048, help="of the text, as far as there is one", metavar="N")
+
+
+def seams(options: SeamsOptions) -> None:
+    """Compare what a plan's layers are given with what they are given in the base, and the logits."""
+    base, (windows,) = open_model(options, [options.tokens])
+    plan = plans.parse_plan(options.plan, base.config.num_hidden_layers)
+    sample = to_batches(base, windows, options)
+    progress = cli.Progress("comparing", tokens_of(sample), show_tokens)
+    found = joins.measure(base, plan, sample, progress.advance)
+    progress.close()
+    print(f"{options.model}, {options.plan}: {tokens_of(sample):,} tokens of {names(options.data)}")
+    print(plans.layer_table(plan))
+    print(joins.table(found))
+    values = {"plan_text": options.plan, "plan": plans.to_json(plan), "tokens": tokens_of(sample)}
+    path = record(options, "seams", values | joins.to_json(found))
+    picture(options.png, path.with_suffix(".png"), lambda figure: joins.draw(found, figure))
+    print(path)
+
+
+# ------------------------------------------------------------------------------------------------ search
+
+
+@dataclass
+class SearchOptions(TextOptions):
+    """Flags of `search`."""
+
+    depth: int | None = cli.flag(None, help="layers of the grown model (default: as many as `dus` gives)", metavar="N")
+    budget: float = cli.flag(60.0, help="forward passes over the calibration text, at most", metavar="PASSES")
+    calibration: int = cli.flag(2048, help="tokens of the text that plans are searched with", metavar="N")
+    validation: int = cli.flag(4096, help="further tokens, by which the best of the finalists is picked", metavar="N")
+    reporting: int = cli.flag(8192, help="further tokens, of which the figures are", metavar="N")
+    copies_only: bool = cli.flag(False, help="leave out plans with identity layers, which compute what the base does")
+    cache_bytes: int = cli.flag(2 << 30, help="memory for hidden states that plans share", metavar="N")
+
+
+def search(options: SearchOptions) -> None:
+    """Find the plan of a depth that hurts least before it is trained, and is never worse than the named plans."""
+    sizes = {name: getattr(options, name) for name in ("calibration", "validation", "reporting")}
+    base, windows = open_model(options, list(sizes.values()))
+    n = base.config.num_hidden_layers
+    depth = options.depth if options.depth is not None else 2 * (n - n // 4)
+    samples = dict(zip(sizes, windows, strict=True))
+    counts = ", ".join(f"{name} {sum(w.counted for w in sample):,}" for name, sample in samples.items())
+    print(f"{options.model}: {n} -> {depth} layers; tokens of {names(options.data)}: {counts}", flush=True)
+    limits = options.budget, options.batch_tokens, options.cache_bytes
+    found = plan_search.find(base, depth, samples, *limits, options.copies_only)
+    print(plan_search.table(found))
+    path = record(options, f"search-{depth}", {"depth": depth, "tokens": sizes, **plan_search.to_json(found)})
+    picture(options.png, path.with_suffix(".png"), lambda figure: plan_search.draw(found, figure))
+    print(path)
+    for name, row in ("copies", found.copies), ("plan", found.proposal):
+        values = {"plan_text": row.name, "plan": plans.to_json(row.plan)}
+        print(record(options, f"{name}-{depth}", values))
+
+
+# ------------------------------------------------------------------------------------------------ curves
 
 
 @dataclass
@@ -122,21 +228,25 @@ class CurvesOptions:
 
 def curves(options: CurvesOptions) -> None:
     """Draw the loss curves of runs."""
-    if len(options.runs) > len(MARKS):
-        raise ValueError(f"{len(options.runs)} runs: {len(MARKS)} fit into one picture")
-    read = [read_curve(Path(run)) for run in options.runs]
-    print(plot_text(read))
-    print(table_of_heldout(read))
-    if importlib.util.find_spec("matplotlib"):
-        path = Path(options.png or Path(options.runs[0]) / "curves.png")
-        plot_png(read, path)
-        print(path)
-    elif options.png:
-        raise ValueError("--png needs matplotlib: pip install matplotlib")
+    check_png(options.png)
+    if len(options.runs) > len(loss_curves.MARKS):
+        raise ValueError(f"{len(options.runs)} runs: {len(loss_curves.MARKS)} fit into one picture")
+    read = [loss_curves.read_curve(Path(run)) for run in options.runs]
+    print(loss_curves.plot_text(read))
+    print(loss_curves.table_of_heldout(read))
+    picture(options.png, Path(options.runs[0]) / "curves.png", lambda figure: loss_curves.draw(read, figure))
+
+
+COMMANDS = {
+    "layers": (LayersOptions, layers),
+    "seams": (SeamsOptions, seams),
+    "search": (SearchOptions, search),
+    "curves": (CurvesOptions, curves),
+}
 
 
 def main() -> None:
-    cli.run_command("python -m solar.analyze", {"curves": (CurvesOptions, curves)})
+    cli.run_command("python -m solar.analyze", COMMANDS)
 
 
 if __name__ == "__main__":

@@ -200,16 +200,19 @@ def human_seconds(seconds: float) -> str:
 
 
 class Progress:
-    """Bytes done, rate and time left on stderr: a line that redraws itself on a terminal, one every 10 s in a log."""
+    """Bytes done, rate and time left on stderr: a line that redraws itself on a terminal, one every 10 s in a log.
+
+    show: how a count is written, where it is not one of bytes.
+    """
 
     unfinished = False  # whether the terminal's cursor stands behind such a line
 
-    def __init__(self, label: str, total: int):
-        self.label, self.total, self.done = label, max(total, 1), 0
+    def __init__(self, label: str, total: float, show: Callable[[float], str] = human_bytes):
+        self.label, self.total, self.done, self.show = label, max(total, 1), 0, show
         self.start = self.shown = time.monotonic()
         self.live = sys.stderr.isatty()
 
-    def advance(self, count: int) -> None:
+    def advance(self, count: float) -> None:
         self.done += count
         now = time.monotonic()
         if now - self.shown >= (0.1 if self.live else 10.0):
@@ -224,8 +227,8 @@ class Progress:
         rate = self.done / max(now - self.start, 1e-9)
         left = human_seconds((self.total - self.done) / rate) if rate else "?"
         line = (
-            f"{self.label} {self.done / self.total:4.0%}  {human_bytes(self.done)} of {human_bytes(self.total)}"
-            f"  {human_bytes(rate)}/s  {left} left"
+            f"{self.label} {self.done / self.total:4.0%}  {self.show(self.done)} of {self.show(self.total)}"
+            f"  {self.show(rate)}/s  {left} left"
         )
         Progress.unfinished = self.live and not end
         print(f"\r{line:<79}" if self.live else line, end=end if self.live else "\n", file=sys.stderr, flush=True)

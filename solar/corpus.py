@@ -106,7 +106,7 @@ def standard_library() -> list[Path]:
     return paths
 
 
-def _source_files(source: Source) -> tuple[Path, list[Path]]:
+def source_files(source: Source) -> tuple[Path, list[Path]]:
     """(directory, files in it) of a source; of a directory all files in order, but no hidden ones."""
     if source.path == "problems":
         module = Path(problems.__file__)  # what is generated changes with it
@@ -164,7 +164,7 @@ class Corpus:
         return corpus | {"limit": source.limit, "files": files}
 
     def _files(self, source: Source) -> tuple[Path, list[Path]]:
-        return _source_files(source)
+        return source_files(source)
 
     def documents(self, holdout: float, advance: Callable[[int], None]) -> Iterator[tuple[bytes, bool]]:
         """(UTF-8 text, whether it is held out) of every document; `advance` is told how many bytes have been read.
@@ -205,7 +205,7 @@ class Corpus:
             lines = numbered_lines(path, read(path, sha256, advance, lines=True))
             yield from (text for _, text in self._parsed(path, lines, _json_text))
         else:
-            yield from _from_text(path, read(path, sha256, advance))
+            yield from from_text(path, read(path, sha256, advance))
 
     def _parsed(
         self, path: Path, rows: Iterable[tuple[str, Row]], parse: Callable[[Row], T]
@@ -247,7 +247,7 @@ def read(path: Path, sha256: str, advance: Callable[[int], None], lines: bool = 
         raise ValueError(f"{path} changed while it was read; start again when nothing writes to it any more")
 
 
-def _from_text(path: Path, pieces: Iterable[bytes]) -> Iterator[bytes]:
+def from_text(path: Path, pieces: Iterable[bytes]) -> Iterator[bytes]:
     lines = 0
     for document in cut(pieces):
         if b"\0" in document:

@@ -12,8 +12,8 @@ import pytest
 
 import generate
 import train
-from solar import analyze, base, mathdata, merge, plan, reference, upscale
-from tests.bench import compare, make_checkpoint, perplexity
+from solar import analyze, base, mathdata, merge, perplexity, plan, reference, upscale
+from tests.bench import compare, make_checkpoint
 from tests.bench import upscale as bench_upscale
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -195,6 +195,9 @@ def test_every_flag_and_plan_in_the_readme_exists():
     programs = {
         "generate.py": generate.Options,
         "train.py": train.Options,
+        "solar.analyze layers": analyze.LayersOptions,
+        "solar.analyze seams": analyze.SeamsOptions,
+        "solar.analyze search": analyze.SearchOptions,
         "solar.analyze curves": analyze.CurvesOptions,
         "solar.base examine": base.ExamineOptions,
         "solar.mathdata problems": mathdata.ProblemsOptions,
@@ -202,11 +205,11 @@ def test_every_flag_and_plan_in_the_readme_exists():
         "solar.mathdata pairs": mathdata.PairsOptions,
         "solar.mathdata decontaminate": mathdata.DecontaminateOptions,
         "solar.merge": merge.Options,
+        "solar.perplexity": perplexity.Options,
         "solar.reference": reference.Options,
         "solar.upscale": upscale.Options,
         "tests.bench.compare": compare.Options,
         "tests.bench.make_checkpoint": make_checkpoint.Options,
-        "tests.bench.perplexity": perplexity.Options,
         "tests.bench.upscale": bench_upscale.Options,
     }
     lines = [line for block in blocks("sh") for line in block.replace("\\\n", " ").splitlines()]
@@ -221,7 +224,7 @@ def test_every_flag_and_plan_in_the_readme_exists():
                 assert set(re.findall(r"(?<=\s)--[a-z-]+", own)) <= known, command
         for text in re.findall(r"(?:PLAN=|--plan )([^\s`#]+)", command):
             plan.parse_plan(text, 32)
-    assert seen >= {"train.py", "generate.py", "solar.upscale", "tests.bench.make_checkpoint", "tests.bench.perplexity"}
+    assert seen >= {"train.py", "generate.py", "solar.upscale", "tests.bench.make_checkpoint", "solar.perplexity"}
     table = re.findall(r"^\| `([a-z]+[:\d,-]*)` \|", README, flags=re.MULTILINE)
     assert len(table) >= 6
     for text in table:

@@ -21,10 +21,12 @@ LAYERS = {
         "model", "meter", "corpus", "tokens", "packing", "logps", "seeds", "instructions", "agree",
         "directory", "elements", "metrics",
     ],
-    2: ["checkpoint", "decoding", "shards", "rephrase", "contamination", "manifest"],
-    3: ["upscale", "merge", "sampling", "data", "dist", "restore", "examples"],
-    4: ["base", "analyze", "packed", "reference", "mathdata", "snapshot"],
-    5: ["inputs", "recipe"],
+    2: [
+        "checkpoint", "decoding", "shards", "rephrase", "contamination", "manifest", "windows", "activations", "curves",
+    ],
+    3: ["upscale", "merge", "sampling", "data", "dist", "restore", "examples", "perplexity", "similarity", "seams"],
+    4: ["base", "packed", "reference", "mathdata", "snapshot", "search"],
+    5: ["inputs", "recipe", "analyze"],
 }  # fmt: skip
 REQUIRED = {"torch", "numpy", "sentencepiece", "safetensors", "triton"}
 OPTIONAL = {"solar/tokenizer.py": {"tokenizers"}, "solar/analyze.py": {"matplotlib"}}

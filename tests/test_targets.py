@@ -85,3 +85,16 @@ def test_the_whole_recipe_makes_the_models_that_are_measured(tree):
         if "--stage dpo" in command:  # a policy's reference is the model that it begins with
             model = re.search(r"--model out/align/([\w.+-]+)/model", command)[1]
             assert all(name == model for name in re.findall(r"out/align/ref/[\w-]+/([\w.+-]+)\.jsonl", command))
+
+
+@pytest.mark.slow
+def test_a_model_is_analysed(tree):
+    few = "--depth 4 --budget 3 --window 32 --calibration 40 --validation 40 --reporting 40"
+    done = shell(tree, f"make analyze MODEL=tiny DATA='alpaca.jsonl Makefile' PLAN=dus:1 ARGS='{few}'")
+    assert done.returncode != 0  # rows of instructions are no texts
+    assert re.search(r"error: alpaca\.jsonl, line 1: .*\"text\"", done.stderr)
+    done = shell(tree, f"make analyze MODEL=tiny DATA=Makefile PLAN=dus:1 ARGS='{few}'")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "out/analyze/plan-4.json"
+    made = {path.stem for path in (tree / "out/analyze").glob("*.json")}
+    assert made == {"layers", "seams", "search-4", "copies-4", "plan-4"}
