@@ -56,7 +56,7 @@ DPO_RECIPE := --stage dpo $(PAIRS_RECIPE) --batch-size 4 --lr 5e-5 --beta 0.1 --
   --eval-every 0 --save-every 1000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup upscale base pretrain sft reference dpo sdpo merge align analyze test test-full test-gpu bench-gpu bench clean check check-dev
+.PHONY: help setup upscale base pretrain sft reference dpo sdpo merge align analyze evaluate test test-full test-gpu bench-gpu bench clean check check-dev
 
 help:  ## this list
 	@echo "usage: make TARGET [MODEL=DIR] [OUT=DIR] [PLAN=dus:8] [NPROC=N] [PYTHON=python3] [ARGS=...]"
@@ -226,6 +226,17 @@ analyze: $(READY)  ## what each layer of MODEL does, the seams of PLAN, and the 
 	@$(PY) -m solar.analyze layers --model "$(MODEL)" $(call given,DATA,data)
 	@$(PY) -m solar.analyze seams --model "$(MODEL)" $(call given,DATA,data) --plan "$(PLAN)"
 	@$(PY) -m solar.analyze search --model "$(MODEL)" $(call given,DATA,data) $(ARGS)
+
+# Without DATA= made-up questions, so that a clean clone runs; they are no benchmark, and the report says so.
+EVALUATE = $(PY) $(if $(filter-out 1,$(NPROC)),-m torch.distributed.run --nproc-per-node $(NPROC)) -m solar.evaluate
+evaluate: $(READY)  ## the six benchmarks of H6: MODEL=, DATA=directory of their files, OUT=report.json
+ifeq ($(DATA),)
+	@echo "no DATA=DIR is given: made-up questions, to see that all runs; which files the real ones are:  $(PY) -m solar.tasks"
+	@test -e out/standin || $(PY) -m solar.standin --out out/standin >/dev/null
+	@$(EVALUATE) --model "$(MODEL)" --data out/standin --limit 16 --max-new-tokens 64 --out $(if $(call given,OUT,out),"$(OUT)",out/standin.json) --force $(ARGS)
+else
+	@$(EVALUATE) --model "$(MODEL)" --data "$(DATA)" $(call given,OUT,out) $(ARGS)
+endif
 
 test: $(TESTS)  ## every check that a CPU can run; before each commit, and in CI
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .

@@ -15,18 +15,19 @@ LAYERS = {
     -1: ["tensorfile"],
     0: [
         "config", "plan", "cli", "tokenizer", "archive", "losses", "optim", "problems", "permutation", "tally",
-        "chats", "rows",
+        "chats", "rows", "journal",
     ],
     1: [
         "model", "meter", "corpus", "tokens", "packing", "logps", "seeds", "instructions", "agree",
-        "directory", "elements", "metrics",
+        "directory", "elements", "metrics", "standin", "tasks",
     ],
     2: [
         "checkpoint", "decoding", "shards", "rephrase", "contamination", "manifest", "windows", "activations", "curves",
+        "scoring",
     ],
     3: ["upscale", "merge", "sampling", "data", "dist", "restore", "examples", "perplexity", "similarity", "seams"],
-    4: ["base", "packed", "reference", "mathdata", "snapshot", "search"],
-    5: ["inputs", "recipe", "analyze"],
+    4: ["base", "packed", "reference", "mathdata", "snapshot", "search", "answers"],
+    5: ["inputs", "recipe", "analyze", "evaluate"],
 }  # fmt: skip
 REQUIRED = {"torch", "numpy", "sentencepiece", "safetensors", "triton"}
 OPTIONAL = {"solar/tokenizer.py": {"tokenizers"}, "solar/analyze.py": {"matplotlib"}}
