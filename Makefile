@@ -56,11 +56,11 @@ DPO_RECIPE := --stage dpo $(PAIRS_RECIPE) --batch-size 4 --lr 5e-5 --beta 0.1 --
   --eval-every 0 --save-every 1000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup upscale base pretrain sft reference dpo sdpo merge align analyze evaluate test test-full test-gpu bench-gpu bench clean check check-dev
+.PHONY: help setup upscale base pretrain sft reference dpo sdpo merge align analyze evaluate reproduce reproduce-full test test-full test-gpu bench-gpu bench clean check check-dev
 
 help:  ## this list
 	@echo "usage: make TARGET [MODEL=DIR] [OUT=DIR] [PLAN=dus:8] [NPROC=N] [PYTHON=python3] [ARGS=...]"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' Makefile
 
 setup: $(READY)  ## make .venv with what requirements.txt pins; in an environment of your own, only check it
 	@$(PY) -c 'import sys, torch; print(f"{sys.executable}: Python {sys.version.split()[0]}, torch {torch.__version__}")'
@@ -237,6 +237,20 @@ ifeq ($(DATA),)
 else
 	@$(EVALUATE) --model "$(MODEL)" --data "$(DATA)" $(call given,OUT,out) $(ARGS)
 endif
+
+# The papers' claims, on the embedded base or on MODEL= with the text in DATA= (and EVAL=, DOMAIN=, PLANS=); ONLY='a d'
+# takes some of them, TOKENS= says how many each run has. What is done is kept in OUT=, so a stopped one goes on.
+# THREADS: of each of the two runs side by side. What comes last counts, so ARGS='--lrs 1e-4' replaces what stands here.
+REPRODUCE = OMP_NUM_THREADS=$(or $(THREADS),1) $(PY) -m solar.reproduce $(EFFORT) $(call given,MODEL,model) \
+  $(call given,DATA,data) $(call given,EVAL,eval) $(call given,DOMAIN,domain) $(call given,PLANS,plans) \
+  $(call given,ONLY,only) $(call given,TOKENS,tokens) $(call given,OUT,out) $(ARGS)
+
+reproduce: $(READY)  ## measure what the papers claim, one seed: 20 to 30 minutes on two cores
+	@$(REPRODUCE)
+
+reproduce-full: EFFORT = --out out/reproduce-full --tokens 400000 --seeds 0 1 2 --lrs 3e-4 1e-3 3e-3 --windows 128
+reproduce-full: $(READY)  ## the same with three seeds, and three learning rates for each model to choose from: hours
+	@$(REPRODUCE)
 
 test: $(TESTS)  ## every check that a CPU can run; before each commit, and in CI
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .

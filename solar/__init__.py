@@ -17,6 +17,7 @@ The reading order of this repository:
 13. `solar/merge.py`      averages of models
 14. `solar/perplexity.py` how well a model predicts a text; `solar/analyze.py`: what its layers do, and the best plan
 15. `Makefile`            the recipes: `make align` is the whole paper in miniature
+16. `solar/claims.py`     what the papers claim, and `make reproduce`, which measures it; then `solar/trials.py`
 
 Arrows between modules point down only; tests/test_layout.py holds the table against the imports.
 """

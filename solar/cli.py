@@ -97,7 +97,7 @@ def command_line(options, label: str) -> str:
     words = []
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
-        if value is None or value is False:
+        if value is None or value is False or value == []:
             continue
         if not field.metadata["positional"]:
             words.append("--" + field.name.replace("_", "-"))

@@ -121,6 +121,12 @@ def question(task: Task) -> str:
     return f"{task.instruction}\n\n{task.context}" if task.context else task.instruction
 
 
+def documents(seed: int, count: int) -> Iterator[str]:
+    """The texts of the first `count` tasks of training, explained, a task a document: for continued pretraining."""
+    for task in islice(generate(seed, "train"), count):
+        yield f"{question(task)}\n{task.answer}. {task.explanation}"
+
+
 # ------------------------------------------------------------------------------------------------ the sets
 
 

@@ -25,6 +25,7 @@ import torch
 
 from solar import cli, instructions, problems
 from solar.checkpoint import CheckpointReader, load_model
+from solar.intervals import verdict
 from solar.sampling import generate
 from solar.shards import fingerprint
 from solar.tokenizer import TEMPLATES, Tokenizer, encode_prompt, end_ids
@@ -171,11 +172,6 @@ def difference(better: Marks, worse: Marks) -> tuple[float, float]:
     return mean, 1.96 * math.sqrt(variance)
 
 
-def verdict(mean: float, half: float) -> str:
-    """What a difference says of the ordering."""
-    return "shown" if mean > half else "contradicted" if mean < -half else "not shown at this size"
-
-
 def table(marks: dict[str, Marks]) -> str:
     """The measured models as a Markdown table, and the paper's orderings with a verdict each."""
     show = lambda value: "" if value is None else f"{value:.2f}"
@@ -190,11 +186,21 @@ def table(marks: dict[str, Marks]) -> str:
                 f"| {mark.score:.1%} | {show(row.h6)} | {show(row.gsm8k)} |"
             )
     lines += ["", "| the paper's ordering | difference of the scores, 95% | |", "|---|---|---|"]
+    for row in orderings(marks):
+        lines.append(f"| {row['what']} | {row['mean']:+.1%} ± {row['half']:.1%} | {row['verdict']} |")
+    return "\n".join(lines)
+
+
+def orderings(marks: dict[str, Marks]) -> list[dict]:
+    """What was found of each ordering whose models are there: what, mean and half of the interval, verdict."""
+    found = []
     for better, worse, what in ORDERINGS:
         if better in marks and worse in marks:
             mean, half = difference(marks[better], marks[worse])
-            lines.append(f"| {what}: {better} over {worse} | {mean:+.1%} ± {half:.1%} | {verdict(mean, half)} |")
-    return "\n".join(lines)
+            found.append(
+                {"what": f"{what}: {better} over {worse}", "mean": mean, "half": half, "verdict": verdict(mean, half)}
+            )
+    return found
 
 
 @dataclass
@@ -229,13 +235,14 @@ def main() -> None:
         print(f"{row.name:<10} {marks[row.name].score:6.1%}", flush=True)
     if options.only:
         return
-    report = {
+    models = {
         name: {
             "problems": mark.problems.mean(), "tasks": mark.tasks.mean(), "format": mark.format, "score": mark.score,
         }
         for name, mark in marks.items()
     }  # fmt: skip
     text = table(marks)
+    report = {"models": models, "orderings": orderings(marks)}
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     (folder / "report.md").write_text(text + "\n", encoding="utf-8")
     print(f"\n{text}\n")

@@ -60,6 +60,7 @@ def test_a_list_without_its_name(capsys):
     given = parse("a", "b c", "--out", "o")
     assert given == parse("--out", "o", "a", "b c") == Files(["a", "b c"], "o")
     assert cli.command_line(given, "x ") == "x a 'b c' --out o"
+    assert cli.command_line(Files([], "o"), "x ") == "x --out o"
     with pytest.raises(SystemExit) as exit_:
         parse("--out", "o")
     assert exit_.value.code == 2

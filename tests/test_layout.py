@@ -15,22 +15,27 @@ LAYERS = {
     -1: ["tensorfile"],
     0: [
         "config", "plan", "cli", "tokenizer", "archive", "losses", "optim", "problems", "permutation", "tally",
-        "chats", "rows", "journal",
+        "chats", "rows", "journal", "intervals",
     ],
     1: [
         "model", "meter", "corpus", "tokens", "packing", "logps", "seeds", "instructions", "agree",
-        "directory", "elements", "metrics", "standin", "tasks",
+        "directory", "elements", "metrics", "standin", "tasks", "claims", "pool",
     ],
     2: [
         "checkpoint", "decoding", "shards", "rephrase", "contamination", "manifest", "windows", "activations", "curves",
         "scoring",
     ],
     3: ["upscale", "merge", "sampling", "data", "dist", "restore", "examples", "perplexity", "similarity", "seams"],
-    4: ["base", "packed", "reference", "mathdata", "snapshot", "search", "answers"],
-    5: ["inputs", "recipe", "analyze", "evaluate"],
+    4: ["base", "packed", "reference", "mathdata", "snapshot", "search", "answers", "heldout"],
+    5: ["inputs", "recipe", "analyze", "evaluate", "evidence", "trials"],
+    6: ["reproduce"],
 }  # fmt: skip
 REQUIRED = {"torch", "numpy", "sentencepiece", "safetensors", "triton"}
-OPTIONAL = {"solar/tokenizer.py": {"tokenizers"}, "solar/analyze.py": {"matplotlib"}}
+OPTIONAL = {
+    "solar/tokenizer.py": {"tokenizers"},
+    "solar/analyze.py": {"matplotlib"},
+    "solar/evidence.py": {"matplotlib"},
+}
 LAYER_OF = {f"solar.{name}": layer for layer, names in LAYERS.items() for name in names}
 SOURCES = [path for folder in ("solar", "kernels") for path in sorted((ROOT / folder).glob("**/*.py"))]
 SOURCES += [ROOT / "generate.py", ROOT / "train.py"]

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from solar import instructions, problems, recipe
-from solar.recipe import Marks, difference, table, verdict
+from solar.intervals import verdict
+from solar.recipe import Marks, difference, table
 
 ROOT = Path(__file__).resolve().parent.parent
 
