@@ -4,6 +4,7 @@ import dataclasses
 import json
 import sys
 import threading
+import types
 
 import numpy as np
 import pytest
@@ -78,7 +79,7 @@ class Forked:
 
 @pytest.fixture
 def forked(monkeypatch):
-    monkeypatch.setattr(trials.subprocess, "Popen", Forked)
+    monkeypatch.setattr(trials, "subprocess", types.SimpleNamespace(Popen=Forked))
     monkeypatch.setattr(Forked, "begun", [])
     monkeypatch.setattr(Forked, "fails", None)
     return Forked
