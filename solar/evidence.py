@@ -118,7 +118,7 @@ def seconds(run: Path) -> float:
 
 def machine() -> str:
     """Processor, cores, GPU if there is one, and versions."""
-    name = platform.processor() or platform.machine()
+    name = platform.machine()
     if (info := Path("/proc/cpuinfo")).is_file():
         names = [
             line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")

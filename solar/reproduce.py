@@ -116,7 +116,8 @@ def collect(job: Trials) -> evidence.Evidence:
         training.append(evidence.Training(name, arm.start, arm.train, text, lr, tokens, flops, losses))
         if arm.text == "old" and arm.share >= 1:
             runs = [job.run_dir(Run(name, lr, seed)) for seed in options.seeds]
-            curves.append(evidence.Curve(name, evidence.heldout(runs, shares, batch_tokens), flops))
+            if points := evidence.heldout(runs, shares, batch_tokens):  # none where no document was held out
+                curves.append(evidence.Curve(name, points, flops))
     return evidence.Evidence(facts(job), findings, models, training, curves)
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import sys
 import threading
+import types
 
 import numpy as np
 import pytest
@@ -78,7 +79,7 @@ class Forked:
 
 @pytest.fixture
 def forked(monkeypatch):
-    monkeypatch.setattr(trials.subprocess, "Popen", Forked)
+    monkeypatch.setattr(trials, "subprocess", types.SimpleNamespace(Popen=Forked))
     monkeypatch.setattr(Forked, "begun", [])
     monkeypatch.setattr(Forked, "fails", None)
     return Forked
@@ -390,3 +391,5 @@ def test_held_out_losses_are_weighed_as_they_were_trained_on(tmp_path):
     runs = [tmp_path / "0", tmp_path / "1"]
     assert evidence.heldout(runs, {"a": 3.0, "b": 1.0}, 10) == [(0, pytest.approx(0.75 * 2 + 0.25 * 5))]
     assert evidence.seconds(runs[0]) == 2.0
+    (tmp_path / "0/metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 1, "heldout": {}}\n')
+    assert evidence.heldout(runs[:1], {"a": 3.0}, 10) == []  # nothing was held out
