@@ -29,6 +29,7 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return None if name is None else getattr(torch, name)
 
 
+@torch.inference_mode(False)  # a caller's own is his thread's alone, and other threads fill what this one makes
 def load_model(
     path: str | Path,
     dtype: str | torch.dtype | None = None,

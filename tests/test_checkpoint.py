@@ -33,6 +33,8 @@ from tests.golden import tiny
 MISTRALS = [case for case, config in tiny.CASES.items() if config["model_type"] == "mistral"]
 SHARDS = 3
 
+ROOT = Path(__file__).resolve().parent.parent
+
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
@@ -938,3 +940,12 @@ def test_a_fingerprint_sees_small_changes_and_a_whole_one_sees_every_byte(tmp_pa
         model.lm_head.weight[48:] += 1e-3
     save_model(model, tmp_path / "half")
     assert prints("half")[0] != prints("base")[0]
+
+
+def test_a_model_is_loaded_in_inference_mode_as_outside():
+    base = ROOT / "solar/assets/base"
+    with torch.inference_mode():
+        inside = load_model(base, dtype="float32")
+    outside = load_model(base, dtype="float32")
+    assert not any(parameter.is_inference() for parameter in inside.parameters())
+    assert all(map(torch.equal, inside.parameters(), outside.parameters()))
