@@ -150,6 +150,7 @@ def test_the_report_says_what_it_is_of(measure, data):
     assert said.out.splitlines()[-1].endswith("report.json")
 
 
+@pytest.mark.slow  # the numbers below the report are held to the same in test_scoring.py
 def test_batch_size_and_reading_whole_give_the_same_report(measure):
     expected, _ = measure(**FEW)
     for number, flags in enumerate(({"batch_size": 1}, {"batch_size": 64}, {"batch_tokens": 40}, {"no_reuse": True})):
