@@ -143,7 +143,7 @@ MADE := base grown continued sft-v1 sft-v2 sft-v3 sft-v4 sft-v3+v4 dpo-v1 dpo-v2
 
 # Two models at a time, of one thread each: small models gain less from a second thread than from a second core. Each is
 # asked its questions when it is made.
-align: $(READY)  ## the whole recipe on the small base, and a table of all its models: 20 minutes on two cores
+align: $(READY)  ## the whole recipe on the small base, and a table of all its models: less than half an hour on two cores
 	@OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j 2 $(MADE:%=$(A)/%/marks.json)
 	@$(PY) -m solar.recipe $(A)
 
