@@ -12,8 +12,8 @@ import pytest
 
 import generate
 import train
-from solar import analyze, base, mathdata, merge, perplexity, plan, reference, upscale
-from tests.bench import compare, make_checkpoint
+from solar import analyze, base, evaluate, mathdata, merge, perplexity, plan, reference, upscale
+from tests.bench import compare
 from tests.bench import upscale as bench_upscale
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -204,12 +204,12 @@ def test_every_flag_and_plan_in_the_readme_exists():
         "solar.mathdata rephrase": mathdata.RephraseOptions,
         "solar.mathdata pairs": mathdata.PairsOptions,
         "solar.mathdata decontaminate": mathdata.DecontaminateOptions,
+        "solar.evaluate": evaluate.Options,
         "solar.merge": merge.Options,
         "solar.perplexity": perplexity.Options,
         "solar.reference": reference.Options,
         "solar.upscale": upscale.Options,
         "tests.bench.compare": compare.Options,
-        "tests.bench.make_checkpoint": make_checkpoint.Options,
         "tests.bench.upscale": bench_upscale.Options,
     }
     lines = [line for block in blocks("sh") for line in block.replace("\\\n", " ").splitlines()]
@@ -224,7 +224,7 @@ def test_every_flag_and_plan_in_the_readme_exists():
                 assert set(re.findall(r"(?<=\s)--[a-z-]+", own)) <= known, command
         for text in re.findall(r"(?:PLAN=|--plan )([^\s`#]+)", command):
             plan.parse_plan(text, 32)
-    assert seen >= {"train.py", "generate.py", "solar.upscale", "tests.bench.make_checkpoint", "solar.perplexity"}
+    assert seen >= {"train.py", "generate.py", "solar.upscale", "solar.evaluate", "solar.perplexity"}
     table = re.findall(r"^\| `([a-z]+[:\d,-]*)` \|", README, flags=re.MULTILINE)
     assert len(table) >= 6
     for text in table:
