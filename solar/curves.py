@@ -1,11 +1,12 @@
 """Loss curves of runs, as characters and as a picture, and what each run scored on held-out text."""
 
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 from solar.metrics import read_metrics
 
-MARKS = "ox+*#@%&"  # of the runs, in the terminal
+MARKS = "ox+*#@%&"  # of the runs, in the terminal; of more runs than marks some share one
 
 
 @dataclass
@@ -53,7 +54,7 @@ def plot_text(curves: list[Curve], width: int = 72, height: int = 18) -> str:
     low = min(min(column.values()) for column in columns)
     high = max(max(column.values()) for column in columns)
     grid = [[" "] * width for _ in range(height)]
-    for mark, column in zip(MARKS, columns, strict=False):
+    for mark, column in zip(cycle(MARKS), columns, strict=False):
         for x, loss in column.items():
             y = round((high - loss) / max(high - low, 1e-12) * (height - 1))
             grid[y][x] = mark
@@ -63,7 +64,7 @@ def plot_text(curves: list[Curve], width: int = 72, height: int = 18) -> str:
         lines.append(f"{label}|{''.join(row).rstrip()}")
     lines.append(" " * 9 + "+" + "-" * width)
     lines.append(" " * 10 + f"step {first}".ljust(width - 10) + f"{last}".rjust(10))
-    lines += [f"{mark:>10} {curve.label}" for mark, curve in zip(MARKS, curves, strict=False)]
+    lines += [f"{mark:>10} {curve.label}" for mark, curve in zip(cycle(MARKS), curves, strict=False)]
     return "\n".join(lines)
 
 

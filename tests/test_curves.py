@@ -54,3 +54,8 @@ def test_what_is_no_run_is_named(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("[1]\n[2]\n")
     with pytest.raises(ValueError, match='line 1: not an entry with a "step"'):
         curves.read_curve(tmp_path)
+
+
+def test_more_runs_than_marks_are_all_drawn():
+    many = [curves.Curve(f"run{i}", [1, 2], [float(i), float(i + 1)], []) for i in range(len(curves.MARKS) + 1)]
+    assert all(f" run{i}" in curves.plot_text(many) for i in range(len(many)))
