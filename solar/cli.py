@@ -21,6 +21,7 @@ import typing
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 # ------------------------------------------------------------------------------------------------ flags
 
@@ -412,6 +413,22 @@ def lock(descriptor: int, wait: bool = False) -> bool:
     except OSError:
         return False
     return True
+
+
+def open_growing(path: Path) -> BinaryIO:
+    """A file that is added to as results come, and that no other process may add to meanwhile: ValueError if one does.
+
+    On a filesystem without locks nobody can tell, and the file is opened all the same.
+    """
+    file = open(path, "a+b")  # noqa: SIM115, it outlives this function
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(f"{path} is being written by another process; wait for it") from None
+    except OSError:
+        pass
+    return file
 
 
 def is_busy(descriptor: int) -> bool:

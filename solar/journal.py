@@ -7,11 +7,12 @@
 The file stands beside the output until that is written. A run with another header begins it anew.
 """
 
-import fcntl
 import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from solar import cli
 
 
 class Journal:
@@ -25,14 +26,7 @@ class Journal:
     def __init__(self, out: Path, header: dict):
         self.path, self.results, self.other = out.with_name(f"{out.name}.partial"), {}, ""
         out.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "a+b")  # noqa: SIM115, it outlives this function
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.close()
-            raise ValueError(f"{self.path} is being written by another process; wait for it") from None
-        except OSError:
-            pass  # a filesystem without locks
+        self._file = cli.open_growing(self.path)
         self._file.seek(0)
         content = self._file.read()
         sound = 0

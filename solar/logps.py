@@ -8,7 +8,6 @@ Whoever reads a file compares its first line with what it has. Whoever writes on
 and goes on where a run of the same was interrupted.
 """
 
-import fcntl
 import itertools
 import json
 import math
@@ -117,14 +116,7 @@ class Writer:
         self.path, self.header = path, header
         self.partial = path.with_name(f"{path.name}.partial")
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.partial, "a+b")  # noqa: SIM115, it outlives this function
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.close()
-            raise ValueError(f"{self.partial} is being written by another process; wait for it") from None
-        except OSError:
-            pass  # a filesystem without locks
+        self._file = cli.open_growing(self.partial)
         self._file.seek(0)
         content = self._file.read()
         # A line without its end does not count, even if it is all there: what is added would go on in it.

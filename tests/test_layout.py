@@ -15,11 +15,11 @@ LAYERS = {
     -1: ["tensorfile"],
     0: [
         "config", "plan", "cli", "tokenizer", "archive", "losses", "optim", "problems", "permutation", "tally",
-        "chats", "rows", "journal", "intervals",
+        "chats", "rows", "intervals",
     ],
     1: [
         "model", "meter", "corpus", "tokens", "packing", "logps", "seeds", "instructions", "agree",
-        "directory", "elements", "metrics", "standin", "tasks", "claims", "pool",
+        "directory", "elements", "metrics", "standin", "tasks", "claims", "pool", "journal",
     ],
     2: [
         "checkpoint", "decoding", "shards", "rephrase", "contamination", "manifest", "windows", "activations", "curves",
