@@ -153,11 +153,11 @@ $(A)/%/marks.json: $(A)/%/model
 $(D)/alpaca.jsonl: | $(READY)
 	@$(PY) -m solar.instructions alpaca --count 1000 --seed 0 --out $@
 $(D)/orca.jsonl: | $(READY)
-	@$(PY) -m solar.instructions orca --count 800 --seed 1 --out $@
+	@$(PY) -m solar.instructions orca --count 640 --seed 1 --out $@
 $(D)/feedback.jsonl: | $(READY)
-	@$(PY) -m solar.instructions feedback --count 400 --seed 2 --out $@
+	@$(PY) -m solar.instructions feedback --count 320 --seed 2 --out $@
 $(D)/seeds.jsonl: | $(READY)
-	@$(PY) -m solar.mathdata problems --count 800 --seed 3 --out $@
+	@$(PY) -m solar.mathdata problems --count 600 --seed 3 --out $@
 $(D)/math.jsonl: $(D)/seeds.jsonl
 	@$(PY) -m solar.mathdata rephrase --seeds $< --out $@
 $(D)/math-pairs.jsonl: $(D)/math.jsonl
@@ -181,10 +181,10 @@ $(A)/sft-v%/model: $(A)/continued/model
 $(A)/sft-v3+v4/model: $(A)/sft-v3/model $(A)/sft-v4/model
 	@$(PY) -m solar.merge --models $^ --out $@ --force
 
-# What an SFT model thinks of a file of pairs: ref/FILE/MODEL.jsonl. Of the mathematics 200 pairs are used, as the paper
+# What an SFT model thinks of a file of pairs: ref/FILE/MODEL.jsonl. Of the mathematics 160 pairs are used, as the paper
 # used a part.
 feedback := $(D)/feedback.jsonl
-math-pairs := $(D)/math-pairs.jsonl::200
+math-pairs := $(D)/math-pairs.jsonl::160
 .SECONDEXPANSION:
 $(A)/ref/feedback/%.jsonl: $(A)/$$*/model $(D)/feedback.jsonl
 	@$(PY) -m solar.reference $(PAIRS_RECIPE) --model $< --data $(feedback) --out $@

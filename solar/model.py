@@ -102,6 +102,17 @@ class KVCache:
         self.last_id, self.last_position = document_ids[:, -1], positions[:, -1]
         return positions, document_ids, self._append(self.document_ids, document_ids[:, None])[:, 0]
 
+    def keep(self, rows: Tensor) -> None:
+        """Drop all sequences but those of `rows`, ascending numbers of the batch. Moved in place, layer by layer: a
+        second cache, even of half the size, may not fit beside the first."""
+        B = len(rows)
+        for layer in (*self.keys, *self.values):
+            layer[:B] = layer[rows]
+        self.keys, self.values = self.keys[:, :B], self.values[:, :B]
+        if self.document_ids is not None:
+            self.document_ids = self.document_ids[rows]
+            self.last_position, self.last_id = self.last_position[rows], self.last_id[rows]
+
     def _append(self, buffer: Tensor, new: Tensor) -> Tensor:
         """Write `new` behind what dimension 2 of `buffer` holds, and return what is held with it."""
         capacity, T, end = buffer.shape[2], new.shape[2], self.length + new.shape[2]

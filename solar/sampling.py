@@ -172,7 +172,8 @@ def generate(
         raise ValueError(f"the logits are not finite in {weight.dtype}: try bfloat16 or float32, or check the weights")
 
     new: list[list[int]] = [[] for _ in prompts]
-    running = set(range(B))
+    rows = list(range(B))  # of `new`, for each row of the cache
+    running = set(rows)
     for step in range(max_new_tokens):
         logits = logits[:, -1]
         if repetition_penalty != 1.0:
@@ -181,9 +182,9 @@ def generate(
             chosen = logits.argmax(dim=-1)
         else:
             probabilities = choose_probabilities(logits, temperature, top_k, top_p, min_p).cpu()
-            drawn = [p.multinomial(1, generator=g) for p, g in zip(probabilities, generators, strict=True)]
+            drawn = [p.multinomial(1, generator=generators[row]) for p, row in zip(probabilities, rows, strict=True)]
             chosen = torch.cat(drawn).to(device)
-        for row, token in enumerate(chosen.tolist()):
+        for row, token in zip(rows, chosen.tolist(), strict=True):
             if row not in running:
                 continue
             if token in stops:
@@ -196,6 +197,10 @@ def generate(
             break
         if repetition_penalty != 1.0:
             seen.scatter_(1, chosen[:, None], True)
+        if 2 * len(running) <= len(rows):  # rows that have ended leave once they are half: few moves, little waste
+            kept = torch.tensor([b for b, row in enumerate(rows) if row in running], device=device)
+            rows, chosen, seen = sorted(running), chosen[kept], seen[kept]
+            cache.keep(kept)
         logits = (prepared or model)(chosen[:, None], cache=cache)
     if memory is not None:
         memory.ids = (prompts[0] + new[0])[: cache.length]

@@ -276,13 +276,6 @@ def continue_greedily(
         if 2 * len(running) <= len(rows):
             kept = [b for b, row in enumerate(rows) if row in running]
             rows, chosen = [rows[b] for b in kept], chosen[kept]
-            _keep(cache, torch.tensor(kept, device=chosen.device))
+            cache.keep(torch.tensor(kept, device=chosen.device))
         logits = model(chosen[:, None], cache=cache)[:, -1]
     return new
-
-
-def _keep(cache: KVCache, rows: Tensor) -> None:
-    cache.keys, cache.values = cache.keys[:, rows], cache.values[:, rows]
-    if cache.document_ids is not None:
-        cache.document_ids, cache.last_id = cache.document_ids[rows], cache.last_id[rows]
-        cache.last_position = cache.last_position[rows]

@@ -4,6 +4,7 @@ import os
 import signal
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -19,6 +20,10 @@ collect_ignore_glob = ["test_*.py"] if INTERPRETED else []
 # What a script starts with & ignores Ctrl-C, and so does all that it starts in turn: then the tests of it would fail.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# On a machine that others use, any example may take seconds.
+hypothesis.settings.register_profile("shared machine", deadline=None)
+hypothesis.settings.load_profile("shared machine")
 
 COMPILED = pytest.StashKey[list[str]]()  # the table that tests/test_compile.py leaves for the end of the run
 

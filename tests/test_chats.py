@@ -280,7 +280,7 @@ ANY = st.recursive(
 
 
 @given(row=st.dictionaries(st.sampled_from(NAMES), ANY, max_size=6) | ANY)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @pytest.mark.parametrize("parse", [parse_chat, parse_pair])
 def test_any_json_is_a_chat_or_a_reason(parse, row):
     try:

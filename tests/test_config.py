@@ -377,7 +377,7 @@ def read_quietly(read, raw: dict) -> tuple[ModelConfig | None, str]:
             return None, str(error)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     base=st.sampled_from([{}, LLAMA, MISTRAL]),
     change=st.dictionaries(st.sampled_from(HF_KEYS), anything, max_size=4),
@@ -387,7 +387,7 @@ def test_from_hf_takes_anything_and_raises_nothing_but_value_error(base, change)
     assert refusal.startswith("config: ") if config is None else ModelConfig.from_hf(config.to_hf()) == config
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     base=st.sampled_from([{}, V01, V02]),
     change=st.dictionaries(st.sampled_from(MISTRAL_KEYS), anything, max_size=4),

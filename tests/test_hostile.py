@@ -237,7 +237,7 @@ def test_a_hostile_directory_is_refused(kind, kinds, tmp_path, sentencepiece_fil
     strategy, count = kinds[kind]
     ran = 0
 
-    @settings(max_examples=count, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @settings(max_examples=count, suppress_health_check=list(HealthCheck), database=None)
     @given(strategy)
     def each(case: Case) -> None:
         nonlocal ran

@@ -78,7 +78,7 @@ inner = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
 values = st.recursive(inner, lambda part: st.lists(part) | st.dictionaries(st.text(), part), max_leaves=8)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(values)
 def test_any_value_is_shown_on_one_line_of_some_length(value):
     assert brief(value).isprintable()

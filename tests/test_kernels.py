@@ -362,7 +362,7 @@ def test_attention_is_the_loop(form, case):
     assert error.abs().max() < 4e-3
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_attention_of_any_shape(data):
     """Forward against the loop, gradients of the fused form against those of the specification."""

@@ -207,7 +207,7 @@ def test_the_order_of_the_tokens_counts():
 # ------------------------------------------------------------ the cache
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(data=st.data(), B=st.integers(1, 3), T=st.integers(1, 20), window=st.none() | st.integers(1, 22))
 def test_cached_passes_are_one_pass(data, B, T, window):
     """Any split into chunks, the window rolling or not, with documents or without."""

@@ -94,7 +94,7 @@ def test_each_token_is_the_likeliest_of_a_full_pass(monkeypatch, changes):
         assert_greedy(model, prompt, new)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     lengths=st.lists(st.integers(1, 17), min_size=1, max_size=4),
     window=st.none() | st.integers(1, 20),
@@ -226,6 +226,24 @@ def test_on_token_ends_a_row_and_no_other():
 
     assert generate(model, prompts, 8, on_token=on_token) == [free[0], free[1][:3], free[2]]
     assert heard.count(1) == 3
+
+
+@models
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_rows_that_have_ended_leave_the_batch_and_the_others_do_not_notice(changes, temperature):
+    model, prompts = build(**changes), prompts_of(5, 9, 2, 12, 7)
+    settings = {"temperature": temperature, "seed": 3, "repetition_penalty": 1.2}
+    free = generate(model, prompts, 14, **settings)
+    lengths, heard = [3, 14, 2, 8, 3], [0] * 5
+
+    def on_token(row: int, token: int) -> bool:
+        heard[row] += 1
+        return heard[row] == lengths[row]
+
+    shapes = count_passes(model)
+    ended = generate(model, prompts, 14, on_token=on_token, **settings)
+    assert ended == [tokens[:length] for tokens, length in zip(free, lengths, strict=True)]
+    assert [B for B, T in shapes if T == 1] == [5, 5] + [2] * 5 + [1] * 6
 
 
 # ------------------------------------------------------------ from turn to turn

@@ -62,7 +62,7 @@ def test_slices_are_the_plan(plan):
     assert parse_plan(to_text(found), 12) == parse_plan(plan, 12)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(n=st.integers(2, 9), data=st.data())
 def test_neighbours_have_the_depth_and_every_layer(n, data):
     length = data.draw(st.integers(1, n))

@@ -101,7 +101,6 @@ def json_pair(request, corpus, tmp_path_factory):
 
 
 @given(text=TEXT)
-@settings(deadline=None)
 def test_ids_are_sentencepieces_and_come_back(pair, text):
     tok, sp = pair
     assume(START not in text)
@@ -111,14 +110,13 @@ def test_ids_are_sentencepieces_and_come_back(pair, text):
 
 
 @given(text=TEXT)
-@settings(deadline=None)
 def test_round_trip_without_normalisation(models, text):
     tok = models["mistral"][1]
     assert tok.decode(tok.encode(text)) == text.replace("▁", " ")
 
 
 @given(data=st.data())
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_decode_and_stream_equal_sentencepiece_for_any_ids(pair, data):
     tok, sp = pair
     # Bytes and the pieces where spaces are decided are rare among 600: draw them as often as the rest.
@@ -254,7 +252,6 @@ def test_files_beside_the_model(models, tmp_path):
 
 
 @given(data=st.data())
-@settings(deadline=None)
 def test_json_equals_tokenizers(json_pair, data):
     tok, hf, byte_level = json_pair
     text = data.draw(TEXT)
@@ -538,13 +535,12 @@ def check_mask(tok, name, messages):
 
 
 @given(messages=CHAT, name=st.sampled_from(["solar", "plain", "alpaca"]), kind=st.sampled_from(["mistral", "bare"]))
-@settings(deadline=None)
 def test_exactly_the_answers_bytes_are_learned(models, messages, name, kind):
     check_mask(models[kind][1], name, messages[:2] if name == "alpaca" else messages)
 
 
 @given(messages=CHAT, name=st.sampled_from(["solar", "plain"]))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_exactly_the_answers_bytes_are_learned_with_tokenizer_json(json_pair, messages, name):
     check_mask(json_pair[0], name, messages)
 
@@ -560,7 +556,6 @@ def test_spaces_are_learned_whatever_the_file_does_to_offsets(corpus, tmp_path):
 
 
 @given(contents=st.lists(TEXT, min_size=2, max_size=2))
-@settings(deadline=None)
 def test_whatever_is_normalised_the_ids_are_those_of_one_string(pair, contents):
     tok, sp = pair
     assume(not any(START in content or END in content for content in contents))

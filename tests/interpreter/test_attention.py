@@ -112,7 +112,7 @@ def test_ids_that_are_expanded_or_lie_apart():
     check(*inputs(2, 1, 1, 20, 20, 16, torch.float32), None, apart, apart)
 
 
-@settings(max_examples=4, deadline=None, derandomize=True)
+@settings(max_examples=4, derandomize=True)
 @given(data=st.data())
 def test_any_shape(data):
     draw = lambda low, high: data.draw(st.integers(low, high))

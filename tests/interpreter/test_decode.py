@@ -104,7 +104,7 @@ def test_scores_of_any_size():
 
 
 @given(data=st.data())
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 def test_drawn_shapes(data):
     draw = lambda low, high: data.draw(st.integers(low, high))
     K, G, T, E = draw(1, 3), draw(1, 8), draw(1, 4), draw(1, 40)

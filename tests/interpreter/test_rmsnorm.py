@@ -146,7 +146,7 @@ def test_any_number_of_programs(programs, monkeypatch):
     check([randn(3, 40, seed=1), randn(3, 40, seed=2), randn(40, seed=3)])
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(st.data())
 def test_drawn(data):
     draw = lambda low, high: data.draw(st.integers(low, high))

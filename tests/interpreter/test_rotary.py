@@ -95,7 +95,7 @@ def test_no_tokens():
     assert k.shape == (2, 2, 0, 6)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.data())
 def test_drawn(data):
     draw = lambda low, high: data.draw(st.integers(low, high))

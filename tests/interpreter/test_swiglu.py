@@ -67,7 +67,7 @@ def test_no_elements(shape):
     assert y.shape == dgate.shape == dup.shape == shape
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.data())
 def test_drawn(data):
     draw = lambda low, high: data.draw(st.integers(low, high))
