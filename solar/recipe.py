@@ -114,11 +114,10 @@ def distinct(stream: Iterator, question: Callable, count: int) -> list:
     narrower than what was learned from it."""
     found = {}
     for item in islice(stream, 100 * count):
-        if len(found) < count:
-            found.setdefault(question(item), item)
-    if len(found) < count:
-        raise ValueError(f"--count {count}: there are few more than {len(found)} distinct questions")
-    return list(found.values())
+        found.setdefault(question(item), item)
+        if len(found) == count:
+            return list(found.values())
+    raise ValueError(f"--count {count}: there are few more than {len(found)} distinct questions")
 
 
 def held_out(count: int, seed: int) -> tuple[list[problems.Problem], list[instructions.Task]]:
