@@ -3,18 +3,21 @@
 import dataclasses
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 
 import generate
 import train
-from solar import analyze, base, evaluate, mathdata, merge, perplexity, plan, reference, upscale
+from solar import analyze, base, cli, evaluate, mathdata, merge, perplexity, plan, reference, upscale
 from tests.bench import compare
 from tests.bench import upscale as bench_upscale
+from tests.training import signals_kept
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -39,6 +42,23 @@ def shell(tree: Path, command: str, stdin: str = "") -> subprocess.CompletedProc
     env = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
     env |= {"VIRTUAL_ENV": sys.prefix, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     return subprocess.run(["bash", "-c", command], cwd=tree, env=env, input=stdin, capture_output=True, text=True)
+
+
+@pytest.fixture
+def typed(checkout, monkeypatch, capsys):
+    """typed(flags) of generate.py in the checkout -> (exit code, stdout, stderr): what `shell` gives, without the
+    seconds that torch takes to be imported."""
+    monkeypatch.chdir(checkout[0])
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # cli.run takes it for itself
+
+    def run(flags: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["generate.py", *shlex.split(flags)])
+        with signals_kept(), pytest.raises(SystemExit) as ended:
+            cli.run(generate.main)
+        said = capsys.readouterr()
+        return ended.value.code, said.out, said.err
+
+    return run
 
 
 def test_bare_make_upscale_says_what_it_did_and_what_to_type_next(checkout):
@@ -87,29 +107,25 @@ def test_generate_streams_text_and_prints_figures(checkout):
     )
 
 
-def test_generate_is_reproducible_and_plan_equals_the_written_model(checkout):
-    tree, _ = checkout
-    line = (
-        'python generate.py --prompt "import os" --max-new-tokens 8 --no-echo --temperature 1 --seed 3 --dtype float32'
-    )
-    written, again, planned = (
-        shell(tree, line + more).stdout for more in ("", "", " --model solar/assets/base --plan dus")
-    )
+def test_generate_is_reproducible_and_plan_equals_the_written_model(checkout, typed):
+    line = '--prompt "import os" --max-new-tokens 8 --no-echo --temperature 1 --seed 3 --dtype float32'
+    written = shell(checkout[0], f"python generate.py {line}").stdout
+    again, planned = (typed(line + more)[1] for more in ("", " --model solar/assets/base --plan dus"))
     assert written == again == planned != ""
-    assert shell(tree, line.replace("--seed 3", "--seed 4")).stdout != written
+    assert typed(line.replace("--seed 3", "--seed 4"))[1] != written
 
 
-def test_generate_reads_standard_input_and_files(checkout):
+def test_generate_reads_standard_input_and_files(checkout, typed):
     tree, _ = checkout
     piped = shell(tree, "python generate.py --max-new-tokens 4", stdin="class A:\n    def f\n")
     assert piped.stdout.startswith("class A:\n    def f")
     (tree / "prompts.txt").write_text("import\nclass Something:\n\nx\n")
-    batch = shell(tree, "python generate.py --prompts prompts.txt --max-new-tokens 4 --dtype float32").stdout
+    batch = typed("--prompts prompts.txt --max-new-tokens 4 --dtype float32")
     alone = [
-        shell(tree, f'python generate.py --prompt "{text}" --max-new-tokens 4 --dtype float32').stdout
+        typed(f'--prompt "{text}" --max-new-tokens 4 --dtype float32')[1]
         for text in ("import", "class Something:", "x")
     ]
-    assert batch == "".join(alone)
+    assert batch[:2] == (0, "".join(alone))
 
 
 def test_chat_answers_line_by_line(checkout):
@@ -136,12 +152,11 @@ def test_chat_answers_line_by_line(checkout):
         ("--chat --template solar --prompts y", "--chat takes"),
     ],
 )
-def test_bad_input_is_one_line_and_code_2(checkout, flags, says):
-    tree, _ = checkout
-    done = shell(tree, f"python generate.py {flags}")
-    assert done.returncode == 2
-    assert says in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+def test_bad_input_is_one_line_and_code_2(typed, flags, says):
+    code, _, said = typed(flags)
+    assert code == 2
+    assert says in said
+    assert len(said.splitlines()) == 1
 
 
 def test_before_make_upscale_generate_says_what_to_do(tmp_path):
