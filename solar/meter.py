@@ -87,7 +87,7 @@ class Meter:
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a large matrix product on one device: the best within PROBED seconds, after one to warm up.
+    """Operations a second of a large matrix product on one device: the best within PROBED seconds, after a first one.
 
     (Where a dtype is emulated, as bf16 on most CPUs, a single product can take longer than that.)
     """

@@ -47,7 +47,7 @@ class Options:
     )
     without: list[str] = cli.flag([], help="models that are not to be trained, and what is claimed of them trained is "
                                   "left out: stack, random, domain-prefix, ...", metavar="ARM")  # fmt: skip
-    tokens: int | None = cli.flag(None, help="of each run (default: 200,000)", metavar="N")
+    tokens: int | None = cli.flag(None, help="of each run (default: 128,000, of other models 200,000)", metavar="N")
     seeds: list[int] = cli.flag([0], help="of the order of the samples and of random weights", metavar="SEED")
     lrs: list[float] | None = cli.flag(
         None, help="highest learning rates, of which each arm takes its best, by the first seed and by windows that "
@@ -69,8 +69,8 @@ class Options:
         embedded = Path(self.model).resolve() == ASSETS.resolve()
         defaults = {"tokens": 200_000, "sequence_length": 512, "batch_size": 8, "lrs": [1e-4], "domain": "problems"}
         if embedded:
-            defaults |= {"sequence_length": 256, "batch_size": 4, "lrs": [1e-3], "domain": "instructions"}
-            defaults |= {"data": ["stdlib:0.3", "problems:0.7"]}
+            defaults |= {"tokens": 128_000, "sequence_length": 256, "batch_size": 4, "lrs": [1e-3]}
+            defaults |= {"data": ["stdlib:0.3", "problems:0.7"], "domain": "instructions"}
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)

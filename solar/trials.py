@@ -37,7 +37,7 @@ from solar.tokenizer import Tokenizer
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 EVALUATIONS = 8  # of the curve, in a run of all tokens
-CURVE_WINDOWS = 16  # of each source, in each of them
+CURVE_WINDOWS = 8  # of each source, in each of them
 DOMAIN_DOCUMENTS = 40_000  # of solar/instructions.py
 
 
