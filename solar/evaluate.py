@@ -30,7 +30,7 @@ from solar.answers import Run
 from solar.checkpoint import CheckpointReader, load_model, parse_dtype
 from solar.journal import Journal
 from solar.model import Transformer
-from solar.plan import GRAMMAR
+from solar.plan import GRAMMAR, parse_plan, to_json
 from solar.scoring import Limits
 from solar.standin import MARKER as MADE_UP
 from solar.tasks import TASKS, Group, Score
@@ -64,7 +64,9 @@ class Options:
     batch_tokens: int | None = cli.flag(None, help=f"tokens read at once (default: {BATCH_TOKENS['cpu']}, "
                                         f"on a GPU {BATCH_TOKENS['cuda']})")  # fmt: skip
     no_reuse: bool = cli.flag(False, help="read every request whole, sharing nothing: slow, for checking")
-    perplexity: list[str] = cli.flag([], help="measure the perplexity of these texts instead", metavar="FILE")
+    perplexity: list[str] = cli.flag(
+        [], help="measure the perplexity of these texts instead, and print it", metavar="FILE"
+    )
     device: str = cli.flag("auto", help="cuda, cpu, or auto: a GPU if there is one")
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = cli.flag("auto", help="auto: bf16 on a GPU, fp32 elsewhere")
     kernels: Literal[CHOICES] = cli.flag("auto", help="which implementation of the operations")
@@ -190,10 +192,11 @@ def make(options: Options, world: dist.World) -> None:
     say(out)
 
 
-def fingerprints(options: Options, reader: CheckpointReader, tokenizer: Tokenizer) -> dict[str, str | None]:
+def fingerprints(options: Options, reader: CheckpointReader, tokenizer: Tokenizer) -> dict[str, str | list | None]:
+    """What was measured, told by what it holds: a plan's file may have another plan the next time."""
     return {
         "model": reader.fingerprint(whole=True),
-        "plan": options.plan,
+        "plan": to_json(parse_plan(options.plan, reader.config.num_hidden_layers)) if options.plan else None,
         "tokenizer": cli.file_sha256(tokenizer.path)[:16],
     }
 
@@ -288,6 +291,7 @@ def run(options: Options) -> None:
             perplexity.Options(
                 files=options.perplexity, model=options.model, plan=[options.plan] * bool(options.plan),
                 bos=options.bos, device=options.device, dtype=options.dtype, kernels=options.kernels,
+                **({} if options.batch_tokens is None else {"batch_tokens": options.batch_tokens}),
             )
         )  # fmt: skip
         return

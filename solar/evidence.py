@@ -20,8 +20,8 @@ import torch
 from solar import cli
 from solar.base import ASSETS
 from solar.claims import COLLAPSED, EARLY, EQUAL, PARTS, RECOVERED, SLIGHT, Finding
-from solar.curves import MARKS, plot_text, read_curve
 from solar.curves import Curve as Drawn
+from solar.curves import plot_text, read_curve
 from solar.intervals import VERDICTS
 from solar.metrics import read_metrics
 from solar.plan import Plan
@@ -98,13 +98,17 @@ def heldout(runs: Sequence[Path], shares: dict[str, float], batch_tokens: int) -
     """(tokens, held-out loss, mean over the sources by their shares and over the runs) of each evaluation."""
     curves = []
     for run in runs:
-        curve = read_curve(run)
-        present = {name: share for name, share in shares.items() if all(name in losses for _, losses in curve.heldout)}
+        evaluations = read_curve(run).heldout
+        # By name: a run may have been told of the same text by another path.
+        losses = [(step, {Path(path).name: loss for path, loss in each.items()}) for step, each in evaluations]
+        present = {name: share for name, share in shares.items() if all(name in each for _, each in losses)}
+        if losses and not present:
+            raise ValueError(f"{run}: evaluated on {', '.join(losses[0][1])}, and not on {', '.join(shares)}")
         whole = sum(present.values())
         curves.append(
             [
-                (step * batch_tokens, sum(share / whole * losses[name] for name, share in present.items()))
-                for step, losses in curve.heldout
+                (step * batch_tokens, sum(share / whole * each[name] for name, share in present.items()))
+                for step, each in losses
             ]
         )
     return [(points[0][0], sum(loss for _, loss in points) / len(points)) for points in zip(*curves, strict=True)]
@@ -227,10 +231,15 @@ windows; above zero is the claimed side. *Shown*: its 95% interval lies above ze
 
 Equal tokens: every run has the same number, from the same seed the same sequences in the same order, and a schedule of
 its own length; `-early` has {EARLY:.1%} of them, `base-flops` as many as cost what DUS costs (6 operations a parameter
-and the attention; 4 for what is frozen). Equal tuning: all have the same schedule, batch and optimizer, and each takes
-the best of the same learning rates, by the first seed and by windows that are not in the report. Thresholds, in
+and the attention; 4 for what is frozen). Equal tuning: all have the same schedule, batch and optimizer, and one
+learning rate or, of several, each its best by the first seed and by windows that are not in the report. Thresholds, in
 `solar/claims.py` since before the first run: fast is {RECOVERED:.0%} of the gap, slightly {SLIGHT:.0%} of what iDUS-1
-loses, about equal {EQUAL:.0%} of the distance to it, collapsed {COLLAPSED:.0%} of the way to random weights."""
+loses, about equal {EQUAL:.0%} of the distance to it, collapsed {COLLAPSED:.0%} of the way to random weights. Slightly
+and about equal are measured by the collapse of iDUS-1: where it has not collapsed, as on a base that bears any order of
+its layers, they say little.
+
+Part (f) has differences of scores on the same questions instead, of one seed, in the models that `make align` makes of
+the embedded base (`solar/recipe.py`)."""
 
 
 def in_characters(curves: Sequence[Curve]) -> str:
@@ -238,7 +247,7 @@ def in_characters(curves: Sequence[Curve]) -> str:
     chosen = [curve for curve in curves if curve.name not in FLATTENING] or list(curves)
     per_step = min(tokens for curve in chosen for tokens, _ in curve.points if tokens)
     read = []
-    for curve in chosen[: len(MARKS)]:
+    for curve in chosen:
         steps, losses = zip(*((tokens // per_step, loss) for tokens, loss in curve.points), strict=True)
         read.append(Drawn(curve.name, list(steps), list(losses), []))
     return f"{plot_text(read)}\nheld-out loss; a step is {per_step:,} tokens"

@@ -1,7 +1,7 @@
 """Text that models are trained on, and the held-out windows of it that all of them are measured on.
 
 Windows are cut as train.py cuts its own (solar/data.py) and spread evenly over the held-out text. Every second one is
-for the report; the others serve to choose between runs, so that no choice flatters what is reported.
+for the report; some of the others serve to choose between runs: no window of the report has a say in the choice.
 
 Shapes: N windows, T tokens.
 """
@@ -47,17 +47,18 @@ def read_text(
     data: list[str], measured: list[str] | None, tokenizer: Tokenizer, cache: Path, vocab: int, length: int, count: int
 ) -> Text:
     """Tokenise a text, unless that has been done, and choose `count` windows of `length` tokens of each source for the
-    report, and as many others. vocab: of the model.
+    report, and a quarter as many others. vocab: of the model.
 
     measured: other text, all of it, to measure on instead of what is held out of the data. Raises ValueError where
     there is too little, and for text that would be measured although it is trained on.
     """
     sources, prepared = _prepare(data, tokenizer, cache, HOLDOUT)
-    trained_on, identity, split = {source.path for source in sources}, _identity(sources, prepared), "heldout"
+    trained_on, identity, split = _places(sources), _identity(sources, prepared), "heldout"
     if measured is not None:
         sources, prepared = _prepare(measured, tokenizer, cache, 0.0)
-        if both := trained_on & {source.path for source in sources}:
-            raise ValueError(f"--eval {min(both)}: it is trained on; leave it out to measure on what is held out of it")
+        for place in sorted(_places(sources)):
+            if any(place.is_relative_to(other) or other.is_relative_to(place) for other in trained_on):
+                raise ValueError(f"--eval {place}: it is trained on; leave it out to measure on what is held out of it")
         identity += [f"measured {line}" for line in _identity(sources, prepared)]
         split = "train"
     whole = sum(source.share for source in sources)
@@ -71,6 +72,11 @@ def read_text(
 def _prepare(data: list[str], tokenizer: Tokenizer, cache: Path, holdout: float) -> tuple[list[Source], list[Path]]:
     sources = [parse_source(text) for text in data]
     return sources, [shards.prepare(source, tokenizer, cache, holdout) for source in sources]
+
+
+def _places(sources: Sequence[Source]) -> set[Path]:
+    """Where texts lie, however they were written; a folder holds what is in it."""
+    return {Path(source.path).resolve() for source in sources}
 
 
 def _identity(sources: Sequence[Source], prepared: Sequence[Path]) -> list[str]:
@@ -99,7 +105,7 @@ def choose_windows(tokens: Tokens, name: str, weight: float, length: int, count:
         )
     counted = (labels[::2, 1:] != IGNORED).sum(dim=1).numpy()  # the first token of a window has nothing before it
     sample = Sample(name, weight, counted, documents)
-    return Windows(sample, (ids[::2], labels[::2]), (ids[1::2], labels[1::2]))
+    return Windows(sample, (ids[::2], labels[::2]), (ids[1::8], labels[1::8]))
 
 
 @torch.inference_mode()

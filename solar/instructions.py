@@ -121,10 +121,17 @@ def question(task: Task) -> str:
     return f"{task.instruction}\n\n{task.context}" if task.context else task.instruction
 
 
-def documents(seed: int, count: int) -> Iterator[str]:
-    """The texts of the first `count` tasks of training, explained, a task a document: for continued pretraining."""
-    for task in islice(generate(seed, "train"), count):
-        yield f"{question(task)}\n{task.answer}. {task.explanation}"
+def documents(seed: int, count: int, split: Literal["train", "heldout"]) -> Iterator[str]:
+    """The texts of the first `count` distinct tasks of a split, explained, a task a document: for continued
+    pretraining. (Fewer, if 100 times as many tasks hold no more.)"""
+    seen: set[str] = set()
+    for task in islice(generate(seed, split), 100 * count):
+        text = f"{question(task)}\n{task.answer}. {task.explanation}"
+        if text not in seen:
+            seen.add(text)
+            yield text
+        if len(seen) == count:
+            return
 
 
 # ------------------------------------------------------------------------------------------------ the sets

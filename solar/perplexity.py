@@ -199,6 +199,8 @@ def report(options: Options) -> dict:
     stride = options.stride if options.stride is not None else max(window // 2, 1)
     for plan in options.plan:
         parse_plan(plan, reader.config.num_hidden_layers)
+    if options.bos == "yes" and tokenizer.bos_id is None:
+        raise ValueError(f"--bos yes: {tokenizer.path} has no BOS; leave it out or say --bos no")
     bos = tokenizer.adds_bos if options.bos == "auto" else options.bos == "yes"
     windows: dict[str, list[Window]] = {}
     for name, found in [found for path in options.files for found in read_texts(path)]:

@@ -76,6 +76,7 @@ ORDERINGS = (  # (better, worse, what the paper concludes)
     ("dpo-v2", "dpo-v1+v2", "averaging with a dominated model does not help"),
     ("dpo-v3", "dpo-v2", "a better SFT model gives a better DPO model"),
     ("merge-v1", "cand-1", "merging candidates helps"),
+    ("merge-v1", "cand-2", "merging candidates helps"),
 )
 
 

@@ -42,16 +42,17 @@ class Options:
         "never seen, its default; of any other model: problems", metavar="PATH",
     )  # fmt: skip
     plans: list[str] = cli.flag([], help=f"further plans, against DUS in part b: {plan.GRAMMAR}", metavar="PLAN")
-    only: list[Literal[tuple(claims.PARTS)]] = cli.flag(
-        list(claims.PARTS), help="; ".join(f"{part}: {what}" for part, what in claims.PARTS.items())
-    )
+    only: list[Literal[tuple(claims.PARTS)]] | None = cli.flag(
+        None, help="; ".join(f"{part}: {what}" for part, what in claims.PARTS.items()) + " (default: all; f only for "
+        "the embedded base, of which its models are made)",
+    )  # fmt: skip
     without: list[str] = cli.flag([], help="models that are not to be trained, and what is claimed of them trained is "
                                   "left out: stack, random, domain-prefix, ...", metavar="ARM")  # fmt: skip
-    tokens: int | None = cli.flag(None, help="of each run (default: 128,000, of other models 200,000)", metavar="N")
+    tokens: int | None = cli.flag(None, help="of each run (default: 56,000, of other models 200,000)", metavar="N")
     seeds: list[int] = cli.flag([0], help="of the order of the samples and of random weights", metavar="SEED")
     lrs: list[float] | None = cli.flag(
         None, help="highest learning rates, of which each arm takes its best, by the first seed and by windows that "
-        "are not in the report (default: 1e-3 for the embedded base, 1e-4 for any other)", metavar="LR",
+        "are not in the report (default: 1e-4 and 1e-3 for the embedded base, 1e-4 for any other)", metavar="LR",
     )  # fmt: skip
     m: int | None = cli.flag(None, help="layers that DUS drops at each side (default: a quarter)")
     group: int | None = cli.flag(None, help="layers in a group of iDUS (default: a third of a copy)")
@@ -67,9 +68,11 @@ class Options:
     def __post_init__(self):
         """Fill in what hangs on the model."""
         embedded = Path(self.model).resolve() == ASSETS.resolve()
-        defaults = {"tokens": 200_000, "sequence_length": 512, "batch_size": 8, "lrs": [1e-4], "domain": "problems"}
+        defaults = {"only": [part for part in claims.PARTS if embedded or part != "f"]}
+        defaults |= {"tokens": 200_000, "sequence_length": 512, "batch_size": 8, "lrs": [1e-4], "domain": "problems"}
         if embedded:
-            defaults |= {"tokens": 128_000, "sequence_length": 256, "batch_size": 4, "lrs": [1e-3]}
+            # Of the text that it was made of, the base learns nothing more; what is new takes the larger rate.
+            defaults |= {"tokens": 56_000, "sequence_length": 256, "batch_size": 4, "lrs": [1e-4, 1e-3]}
             defaults |= {"data": ["stdlib:0.3", "problems:0.7"], "domain": "instructions"}
         for name, value in defaults.items():
             if getattr(self, name) is None:
@@ -100,7 +103,7 @@ def collect(job: Trials) -> evidence.Evidence:
     if "f" in options.only:
         findings += evidence.orderings(Path(options.align))
     models, training, curves = [], [], []
-    shares = {source.path: source.share for source in map(parse_source, options.data)}
+    shares = {Path(source.path).name: source.share for source in map(parse_source, options.data)}
     batch_tokens = options.batch_size * options.sequence_length
     known = [(name, False) for name in job.plans] + [(name, True) for name in job.arms]
     for name, trained in (key for key in known if key in job.needed):

@@ -38,7 +38,7 @@ from solar.tokenizer import Tokenizer
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 EVALUATIONS = 8  # of the curve, in a run of all tokens
 CURVE_WINDOWS = 8  # of each source, in each of them
-DOMAIN_DOCUMENTS = 40_000  # of solar/instructions.py
+DOMAIN_DOCUMENTS = {"train": 10_000, "heldout": 2_000}  # of solar/instructions.py, none of them twice
 
 
 def training_flops(config: ModelConfig, length: int, new_layers: int | None) -> int:
@@ -118,17 +118,22 @@ class Trials:
         """Tokenise the texts, and make sure that OUT holds nothing of other settings."""
         options, tokenizer = self.options, Tokenizer(self.options.model)
         wanted = {text for texts in self.needed.values() for text in texts}
-        data = {"old": options.data}
-        if "new" in wanted:
-            generated = options.domain == "instructions"
-            data["new"] = [str(write_domain(self.out / "instructions.jsonl")) if generated else options.domain]
-            if parse_source(data["new"][0]).path in {parse_source(text).path for text in options.data}:
-                raise ValueError(f"--domain {options.domain}: it is trained on before; give a text that is new")
+        data, measured = {"old": options.data}, {"old": options.eval, "new": None}
+        if "new" in wanted and options.domain == "instructions":
+            data["new"], measured["new"] = ([str(write_domain(self.out, split))] for split in DOMAIN_DOCUMENTS)
+        elif "new" in wanted:
+            data["new"] = [options.domain]
+        if "new" in wanted and data["new"][0] in options.data:
+            raise ValueError(f"--domain {options.domain}: it is trained on before; give a text that is new")
+        for text in (texts for texts in (options.data, options.eval) if texts):
+            names = [Path(parse_source(source).path).name for source in text]
+            if twice := {name for name in names if names.count(name) > 1}:
+                raise ValueError(f"{' '.join(text)}: the report tells texts by their names; rename a {min(twice)}")
         self.texts: dict[str, Text] = {}
         for name in ("old", "new"):
             if name in wanted:
                 self.texts[name] = read_text(
-                    data[name], options.eval if name == "old" else None, tokenizer, Path(options.data_cache),
+                    data[name], measured[name], tokenizer, Path(options.data_cache),
                     self.config.vocab_size, options.sequence_length, options.windows,
                 )  # fmt: skip
         self._check_settings()
@@ -138,7 +143,9 @@ class Trials:
         settings = {
             "model": self.reader.fingerprint(), "m": self.m, "group": self.group, "tokens": options.tokens,
             "batch size": options.batch_size, "sequence length": options.sequence_length, "windows": options.windows,
+            "device": "cuda" if torch.cuda.is_available() else "cpu", "holdout": HOLDOUT,
         }  # fmt: skip
+        settings |= {f"arm {name}": list(self.arms[name]) for name, trained in self.needed if trained}
         settings |= {f"{name} text": text.identity for name, text in self.texts.items()}
         settings |= {f"plan {name}": plan.to_json(layers) for name, layers in self.further.items()}
         known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -322,10 +329,11 @@ class Trials:
         return np.stack([self.losses(key, term.text, source) for key in keys])
 
 
-def write_domain(path: Path) -> Path:
-    """Generated instructions as a file of documents."""
+def write_domain(folder: Path, split: str) -> Path:
+    """Generated instructions of a split as a file of documents."""
+    path = folder / f"instructions-{split}.jsonl"
     if not path.is_file():
         with cli.publish_file(path) as file:
-            for text in instructions.documents(0, DOMAIN_DOCUMENTS):
+            for text in instructions.documents(0, DOMAIN_DOCUMENTS[split], split):
                 file.write(json.dumps({"text": text}) + "\n")
     return path
