@@ -220,7 +220,7 @@ def report(found: Evidence, picture: str | None) -> str:
         drawn = f"![held-out loss over tokens and over operations]({picture})"
         if picture is None:
             drawn = f"```\n{in_characters(found.curves)}\n```"
-        parts.append(f"## The curves\n\n{drawn}\n\n{crossing(found.curves)}".rstrip())
+        parts.append(f"## The curves\n\n{CURVES}\n\n{drawn}\n\n{crossing(found.curves)}".rstrip())
     return "\n\n".join(parts) + "\n"
 
 
@@ -240,6 +240,10 @@ its layers, they say little.
 
 Part (f) has differences of scores on the same questions instead, of one seed, in the models that `make align` makes of
 the embedded base (`solar/recipe.py`)."""
+
+
+CURVES = """Evaluated during training, on a few windows held out of the text that is trained on; the claims are measured
+on more of them."""
 
 
 def in_characters(curves: Sequence[Curve]) -> str:

@@ -52,13 +52,13 @@ def read_text(
     measured: other text, all of it, to measure on instead of what is held out of the data. Raises ValueError where
     there is too little, and for text that would be measured although it is trained on.
     """
+    for text in measured or []:
+        if any(overlap(text, other) for other in data):
+            raise ValueError(f"--eval {text}: it is trained on; leave it out to measure on what is held out of it")
     sources, prepared = _prepare(data, tokenizer, cache, HOLDOUT)
-    trained_on, identity, split = _places(sources), _identity(sources, prepared), "heldout"
+    identity, split = _identity(sources, prepared), "heldout"
     if measured is not None:
         sources, prepared = _prepare(measured, tokenizer, cache, 0.0)
-        for place in sorted(_places(sources)):
-            if any(place.is_relative_to(other) or other.is_relative_to(place) for other in trained_on):
-                raise ValueError(f"--eval {place}: it is trained on; leave it out to measure on what is held out of it")
         identity += [f"measured {line}" for line in _identity(sources, prepared)]
         split = "train"
     whole = sum(source.share for source in sources)
@@ -74,9 +74,10 @@ def _prepare(data: list[str], tokenizer: Tokenizer, cache: Path, holdout: float)
     return sources, [shards.prepare(source, tokenizer, cache, holdout) for source in sources]
 
 
-def _places(sources: Sequence[Source]) -> set[Path]:
-    """Where texts lie, however they were written; a folder holds what is in it."""
-    return {Path(source.path).resolve() for source in sources}
+def overlap(one: str, other: str) -> bool:
+    """Whether of two texts, as --data takes them, one is the other or lies in it, however their paths are written."""
+    a, b = (Path(parse_source(text).path).resolve() for text in (one, other))
+    return a.is_relative_to(b) or b.is_relative_to(a)
 
 
 def _identity(sources: Sequence[Source], prepared: Sequence[Path]) -> list[str]:

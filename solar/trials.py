@@ -28,7 +28,7 @@ from solar.checkpoint import CheckpointReader, load_model, save_model
 from solar.claims import Arm, Term
 from solar.config import ModelConfig
 from solar.corpus import parse_source
-from solar.heldout import HOLDOUT, Text, nats, read_text
+from solar.heldout import HOLDOUT, Text, nats, overlap, read_text
 from solar.losses import IGNORED
 from solar.metrics import read_metrics
 from solar.model import Transformer
@@ -123,7 +123,7 @@ class Trials:
             data["new"], measured["new"] = ([str(write_domain(self.out, split))] for split in DOMAIN_DOCUMENTS)
         elif "new" in wanted:
             data["new"] = [options.domain]
-        if "new" in wanted and data["new"][0] in options.data:
+        if "new" in wanted and any(overlap(data["new"][0], text) for text in options.data):
             raise ValueError(f"--domain {options.domain}: it is trained on before; give a text that is new")
         for text in (texts for texts in (options.data, options.eval) if texts):
             names = [Path(parse_source(source).path).name for source in text]

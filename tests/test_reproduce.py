@@ -300,6 +300,9 @@ def test_random_weights_are_those_of_the_seed(options):
         ({"without": ["stak"]}, "--without stak: not one of base, dus, stack, "),
         ({"domain": "OLD"}, "it is trained on before"),
         ({"eval": ["OLD"]}, "it is trained on; leave it out"),
+        ({"eval": ["OTHER", "SAME"]}, r"old\.jsonl: it is trained on; leave it out"),
+        ({"eval": ["FOLDER"]}, "it is trained on; leave it out"),
+        ({"data": ["OLD", "model/old.jsonl"]}, r"tells texts by their names; rename a old\.jsonl"),
         ({"eval": ["ONE"]}, "windows of 1 documents; at least 2"),
         ({"model": "nowhere"}, "nowhere"),
     ],
@@ -308,7 +311,15 @@ def test_bad_input_is_said_before_anything_is_computed(options, folder, more, sa
     (folder / "one.jsonl").write_text(json.dumps({"text": "A word and another one. " * 40}) + "\n")
     (folder / "dus-2.json").write_text('[{"layer": 0}]')
     paths = {
-        name: str(folder / file) for name, file in (("OLD", "old.jsonl"), ("ONE", "one.jsonl"), ("PLAN", "dus-2.json"))
+        name: f"{folder}/{file}"
+        for name, file in (
+            ("OLD", "old.jsonl"),
+            ("ONE", "one.jsonl"),
+            ("PLAN", "dus-2.json"),
+            ("OTHER", "other.jsonl"),
+            ("SAME", "model/../old.jsonl"),
+            ("FOLDER", ""),
+        )
     }
     put = lambda value: [paths.get(v, v) for v in value] if isinstance(value, list) else paths.get(value, value)
     with pytest.raises((ValueError, FileNotFoundError), match=says):
@@ -393,3 +404,5 @@ def test_held_out_losses_are_weighed_as_they_were_trained_on(tmp_path):
     assert evidence.seconds(runs[0]) == 2.0
     (tmp_path / "0/metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 1, "heldout": {}}\n')
     assert evidence.heldout(runs[:1], {"a": 3.0}, 10) == []  # nothing was held out
+    with pytest.raises(ValueError, match="evaluated on a, b, and not on c"):
+        evidence.heldout(runs[1:], {"c": 1.0}, 10)
