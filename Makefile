@@ -250,7 +250,7 @@ REPRODUCE = OMP_NUM_THREADS=$(or $(THREADS),1) $(PY) -m solar.reproduce $(EFFORT
 reproduce: $(READY)  ## measure what the papers claim, one seed: 20 to 30 minutes on two cores
 	@$(REPRODUCE)
 
-# ARGS='--tokens 400000 --lrs 1e-4 3e-4 1e-3 3e-3' is the same of longer runs and finer rates: in a night.
+# ARGS='--tokens 200000 --lrs 1e-4 3e-4 1e-3 3e-3' is the same of longer runs and finer rates: in a night.
 reproduce-full: EFFORT = --out out/reproduce-full --seeds 0 1 2
 reproduce-full: $(READY)  ## the same with three seeds: an hour
 	@$(REPRODUCE)

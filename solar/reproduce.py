@@ -48,7 +48,7 @@ class Options:
     )  # fmt: skip
     without: list[str] = cli.flag([], help="models that are not to be trained, and what is claimed of them trained is "
                                   "left out: stack, random, domain-prefix, ...", metavar="ARM")  # fmt: skip
-    tokens: int | None = cli.flag(None, help="of each run (default: 56,000, of other models 200,000)", metavar="N")
+    tokens: int | None = cli.flag(None, help="of each run (default: 32,000, of other models 200,000)", metavar="N")
     seeds: list[int] = cli.flag([0], help="of the order of the samples and of random weights", metavar="SEED")
     lrs: list[float] | None = cli.flag(
         None, help="highest learning rates, of which each arm takes its best, by the first seed and by windows that "
@@ -72,7 +72,7 @@ class Options:
         defaults |= {"tokens": 200_000, "sequence_length": 512, "batch_size": 8, "lrs": [1e-4], "domain": "problems"}
         if embedded:
             # Of the text that it was made of, the base learns nothing more; what is new takes the larger rate.
-            defaults |= {"tokens": 56_000, "sequence_length": 256, "batch_size": 4, "lrs": [1e-4, 1e-3]}
+            defaults |= {"tokens": 32_000, "sequence_length": 256, "batch_size": 4, "lrs": [1e-4, 1e-3]}
             defaults |= {"data": ["stdlib:0.3", "problems:0.7"], "domain": "instructions"}
         for name, value in defaults.items():
             if getattr(self, name) is None:
