@@ -156,9 +156,9 @@ $(D)/alpaca.jsonl: | $(READY)
 $(D)/orca.jsonl: | $(READY)
 	@$(PY) -m solar.instructions orca --count 640 --seed 1 --out $@
 $(D)/feedback.jsonl: | $(READY)
-	@$(PY) -m solar.instructions feedback --count 300 --seed 2 --out $@
+	@$(PY) -m solar.instructions feedback --count 320 --seed 2 --out $@
 $(D)/seeds.jsonl: | $(READY)
-	@$(PY) -m solar.mathdata problems --count 560 --seed 3 --out $@
+	@$(PY) -m solar.mathdata problems --count 600 --seed 3 --out $@
 $(D)/math.jsonl: $(D)/seeds.jsonl
 	@$(PY) -m solar.mathdata rephrase --seeds $< --out $@
 $(D)/math-pairs.jsonl: $(D)/math.jsonl
@@ -171,7 +171,7 @@ $(A)/grown/model: $(A)/base/model
 	@$(PY) -m solar.upscale --model $< --out $@ --plan dus --force
 # Nothing else can be made meanwhile, so this one has both cores.
 $(A)/continued/model: $(A)/grown/model
-	@OMP_NUM_THREADS=2 $(TRAIN) --model $< --out $(@D) $(PRETRAIN_RECIPE) --max-steps 50 --eval-every 0
+	@OMP_NUM_THREADS=2 $(TRAIN) --model $< --out $(@D) $(PRETRAIN_RECIPE) --max-steps 60 --eval-every 0
 
 $(A)/sft-v1/model: $(D)/alpaca.jsonl
 $(A)/sft-v2/model: $(D)/alpaca.jsonl $(D)/orca.jsonl
@@ -182,10 +182,10 @@ $(A)/sft-v%/model: $(A)/continued/model
 $(A)/sft-v3+v4/model: $(A)/sft-v3/model $(A)/sft-v4/model
 	@$(PY) -m solar.merge --models $^ --out $@ --force
 
-# What an SFT model thinks of a file of pairs: ref/FILE/MODEL.jsonl. Of the mathematics 150 pairs are used, as the paper
+# What an SFT model thinks of a file of pairs: ref/FILE/MODEL.jsonl. Of the mathematics 160 pairs are used, as the paper
 # used a part.
 feedback := $(D)/feedback.jsonl
-math-pairs := $(D)/math-pairs.jsonl::150
+math-pairs := $(D)/math-pairs.jsonl::160
 .SECONDEXPANSION:
 $(A)/ref/feedback/%.jsonl: $(A)/$$*/model $(D)/feedback.jsonl
 	@$(PY) -m solar.reference $(PAIRS_RECIPE) --model $< --data $(feedback) --out $@
