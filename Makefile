@@ -33,7 +33,7 @@ endif
 # Triton reads the switch when it decorates a kernel, so its interpreter has a process of its own. No Triton, no tests of it.
 IN_THE_INTERPRETER = $(PY) -c 'import triton' 2>/dev/null || { echo "skipped: no triton here, so no tests of its kernels"; exit 0; }; \
   TRITON_INTERPRET=1 $(PYTEST) tests/interpreter
-# Tests run three at a time, of one thread each, or NPROC at a time: on two cores, since there is often one that waits for
+# Tests run three at a time, of one thread each, or NPROC at a time if that is above 1: on two cores, since there is often one that waits for
 # the disk or for a signal. The compiler's have processes of their own, and a table.
 SIDE_BY_SIDE := -n $(if $(filter-out 1,$(NPROC)),$(NPROC),3)
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest $(SIDE_BY_SIDE)
@@ -45,9 +45,6 @@ TRAIN := $(PY) $(if $(filter-out 1,$(NPROC)),-m torch.distributed.run --nproc-pe
 # rate that stays high and then falls to zero, since the last third is where the arithmetic becomes right.
 BASE_RECIPE := --data stdlib:0.3 problems:0.7 --batch-size 4 --max-steps 5200 --lr 2e-3 --schedule wsd \
   --warmup-steps 160 --decay 0.3 --min-lr 0 --holdout 0.02 --eval-every 1000 --eval-sequences 32 --save-every 250
-# Continued pretraining, of the grown model and, beside it, of the base, on the same tokens with the same schedule. Half
-# the base's highest learning rate: enough to mend the seam, not enough to forget what both halves know.
-PRETRAIN_RECIPE := --data stdlib:0.3 problems:0.7 --max-steps 200 --lr 1e-3 --eval-every 100 --holdout 0.02
 
 # Instruction tuning and preferences. Zephyr's shape (arXiv:2310.16944), at learning rates for a model of 8 million.
 SFT_RECIPE := --stage sft --sequence-length 512 --batch-size 2 --lr 1e-3 --warmup-steps 5 \
@@ -73,15 +70,15 @@ upscale: $(READY)  ## the main job: grow MODEL by PLAN and write it to OUT
 ifeq ($(PYTHON)$(ACTIVE),)
 	@echo "activate the environment:  source .venv/bin/activate"
 endif
-	@echo 'then try the model:        $(if $(PYTHON),$(PYTHON),python) generate.py$(if $(filter-out out/solar,$(OUT)), --model "$(OUT)") --prompt "Once upon a time"'
-	@echo 'and train it:              torchrun train.py$(if $(filter-out out/solar,$(OUT)), --model "$(OUT)")'
+	@echo 'then try the model:        $(if $(PYTHON),$(PYTHON),python) generate.py$(if $(filter-out out/solar,$(OUT)), --model "$(OUT)") --prompt "Mia has 12 shells and finds 7 more. Then Mia gives 5 shells to Tom. How many shells does Mia have left?"'
+	@echo 'and train it:              $(if $(PYTHON),$(PYTHON) -m torch.distributed.run,torchrun) train.py$(if $(filter-out out/solar,$(OUT)), --model "$(OUT)")'
 
 out/solar/config.json: | $(READY)
 	@$(PY) -m solar.upscale --model solar/assets/base --out out/solar --plan dus
 
 pretrain: $(READY) out/solar/config.json  ## train the grown model on, and the base beside it, on the same tokens
-	@$(TRAIN) --model out/solar --out out/pretrain $(PRETRAIN_RECIPE) $(ARGS)
-	@$(TRAIN) --model solar/assets/base --out out/pretrain-base $(PRETRAIN_RECIPE) $(ARGS)
+	@$(TRAIN) --model out/solar --out out/pretrain $(ARGS)
+	@$(TRAIN) --model solar/assets/base --out out/pretrain-base $(ARGS)
 	@$(PY) -m solar.analyze curves out/pretrain out/pretrain-base
 
 base: $(READY)  ## train the small base that comes along anew, from nothing: about an hour on two cores
@@ -89,8 +86,8 @@ base: $(READY)  ## train the small base that comes along anew, from nothing: abo
 	@$(TRAIN) --model out/base-begun --out out/base $(BASE_RECIPE) $(ARGS)
 	@$(PY) -m solar.base embed --run out/base --out solar/assets/base --force
 
-# MODEL=, DATA= and OUT= of these come from the command line, or are what the target before wrote.
-given = $(if $(filter command line,$(origin $1)),--$2 $($1))
+# MODEL=, DATA= and OUT= of these are given, or what the target before wrote.
+given = $(if $(filter command environment,$(origin $1)),--$2 $($1))
 
 out/instruct/%.jsonl: | $(READY)
 	@$(PY) -m solar.instructions $* --out $@
@@ -106,7 +103,7 @@ SFT_DATA := $(or $(DATA),out/instruct/alpaca.jsonl out/instruct/math.jsonl)
 DPO_DATA := $(or $(DATA),out/instruct/feedback.jsonl out/instruct/math-pairs.jsonl)
 made = $(if $(DATA),,$1)
 REFERENCE = $(PY) $(if $(filter-out 1,$(NPROC)),-m torch.distributed.run --nproc-per-node $(NPROC)) -m solar.reference $(PAIRS_RECIPE)
-there = @test -e "$(if $(call given,MODEL,),$(MODEL),$1)" || { echo "error: $1 does not exist yet: \`make $2\` makes it, or give MODEL=DIR" >&2; exit 2; }
+there = @test -e "$(if $(call given,MODEL,),$(MODEL),$1)" || { echo "error: $(if $(call given,MODEL,),$(MODEL) does not exist,$1 does not exist yet: \`make $2\` makes it, or give MODEL=DIR)" >&2; exit 2; }
 
 sft: $(READY) $(call made,$(SFT_DATA))  ## tune a model on instructions: MODEL=, DATA='A.jsonl B.jsonl', OUT=
 	$(call there,out/pretrain/model,pretrain)
@@ -133,6 +130,7 @@ sdpo: reference  ## the same in steps, easy files first, each with the model of 
 	done
 
 merge: $(READY)  ## average models: MODELS='A B', OUT=
+	@$(if $(MODELS),,for model in out/dpo/model out/sdpo/step-2/model; do test -e $$model || { echo "error: $$model does not exist yet: \`make dpo sdpo\` makes it, or give MODELS='A B'" >&2; exit 2; }; done)
 	@$(PY) -m solar.merge --models $(or $(MODELS),out/dpo/model out/sdpo/step-2/model) --out $(if $(call given,OUT,out),$(OUT),out/merged) $(ARGS)
 
 # The whole recipe in miniature: SFT v1 to v4, DPO v1 to v3, sDPO, two candidates and their merges, as in the paper's
@@ -169,9 +167,9 @@ $(A)/base/model: | $(READY)
 	@$(PY) -m solar.upscale --model solar/assets/base --out $@ --plan copy --model-type keep
 $(A)/grown/model: $(A)/base/model
 	@$(PY) -m solar.upscale --model $< --out $@ --plan dus --force
-# Nothing else can be made meanwhile, so this one has both cores.
+# Nothing else can be made meanwhile, so this one has both cores. Half the base's highest learning rate: few steps must do.
 $(A)/continued/model: $(A)/grown/model
-	@OMP_NUM_THREADS=2 $(TRAIN) --model $< --out $(@D) $(PRETRAIN_RECIPE) --max-steps 60 --eval-every 0
+	@OMP_NUM_THREADS=2 $(TRAIN) --model $< --out $(@D) --max-steps 60 --lr 1e-3 --holdout 0.02 --eval-every 0
 
 $(A)/sft-v1/model: $(D)/alpaca.jsonl
 $(A)/sft-v2/model: $(D)/alpaca.jsonl $(D)/orca.jsonl
@@ -205,8 +203,8 @@ $(A)/dpo-v1+v2/model: $(A)/dpo-v1/model $(A)/dpo-v2/model
 	@$(PY) -m solar.merge --models $^ --out $@ --force
 $(A)/dpo-v3/model: $(call refs,sft-v3+v4,$(BOTH))
 	$(call dpo,sft-v3+v4,$(BOTH))
-# The chunks are sources, easy ones first. In which order, --rank-chunks has said: mathematics 98.0%, feedback 91.8% of
-# pairs ranked rightly by the starting model. (`make sdpo` reads it from there; here the targets must be known before.)
+# The chunks are sources, easy ones first, in the order that --rank-chunks has given: mathematics, feedback. (`make sdpo`
+# reads it from there; here the targets must be known before.)
 $(A)/sdpo-1/model: $(call refs,sft-v3+v4,math-pairs)
 	@$(PY) -m solar.reference $(PAIRS_RECIPE) --model $(A)/sft-v3+v4/model --data $(feedback) $(math-pairs) --rank-chunks
 	$(call dpo,sft-v3+v4,math-pairs)
@@ -255,7 +253,7 @@ reproduce-full: EFFORT = --out out/reproduce-full --seeds 0 1 2
 reproduce-full: $(READY)  ## the same with three seeds: an hour
 	@$(REPRODUCE)
 
-test: $(TESTS)  ## every check that a CPU can run; before each commit, and in CI
+test: $(TESTS)  ## the checks that a CPU can run; before each commit, and in CI
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
 	@$(PYTEST) -m "not slow" --ignore $(COMPILER) $(ARGS)
 	@$(PY) -m pytest -m "not slow" $(COMPILER)

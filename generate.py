@@ -16,6 +16,7 @@ import torch
 from kernels import CHOICES, select
 from solar import cli
 from solar.checkpoint import load_model
+from solar.directory import CheckpointReader
 from solar.model import Transformer
 from solar.plan import GRAMMAR
 from solar.sampling import Memory, generate
@@ -164,6 +165,7 @@ def load(options: Options) -> Session:
     ):
         print("note: temperature 0 takes the likeliest token; top-k, top-p, min-p and seed do nothing", file=sys.stderr)
     select(options.kernels)
+    CheckpointReader(options.model)  # what is no model is said to be none, before its tokenizer is missed
     tokenizer = Tokenizer(options.model)
     model = load_model(options.model, dtype=options.dtype, device=device, plan=options.plan)
     ends = model.config.eos_token_id

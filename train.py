@@ -67,7 +67,7 @@ class Stage(NamedTuple):
 STAGES = {
     "pretrain": Stage(
         token_batches, lm_objective, "tokens", (),
-        {"model": "out/solar", "data": ["stdlib:0.5", "problems:0.5"], "sequence_length": 256, "lr": 3e-4,
+        {"model": "out/solar", "data": ["stdlib:0.3", "problems:0.7"], "sequence_length": 256, "lr": 3e-4,
          "max_steps": 200},
     ),
     "sft": Stage(
@@ -79,6 +79,7 @@ STAGES = {
         {"model": "out/sft/model", "sequence_length": 1024, "lr": 5e-7, "epochs": 1.0},
     ),
 }  # fmt: skip
+MADE_BY = {"out/solar": "upscale", "out/pretrain/model": "pretrain", "out/sft/model": "sft"}  # a make target for each
 LENGTHS = ("max_steps", "max_tokens", "epochs")  # each says how long a run is; one of them is given
 
 
@@ -225,6 +226,10 @@ class Options:
 def train(options: Options, world: dist.World) -> None:
     """Read the model, train it, leave it in OUT/model; go on from the latest checkpoint of OUT if it has one."""
     out, model_dir, stage = Path(options.out), Path(options.model), STAGES[options.stage]
+    if options.model in MADE_BY and not model_dir.exists():
+        raise FileNotFoundError(
+            f"{options.model} does not exist yet: `make {MADE_BY[options.model]}` makes it, or give --model DIR"
+        )
     say = print if world.rank == 0 else lambda *_, **__: None
     select(options.kernels)
     reader = CheckpointReader(model_dir)

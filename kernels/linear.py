@@ -8,8 +8,8 @@ On a GPU the product is the library's own, and so it is on a CPU, where there ar
 whose fast paths are for Intel's processors alone; oneDNN compiles a product for the processor at hand. On a Zen 4 it
 takes 0.82-0.90 of MKL's time for y and 0.85-0.95 for dx (2,048 rows, D and O from 96 to 2,048; within a tenth of the
 time the same for dW, which MKL keeps), and 0.55 with a single row. For 16-bit types torch takes oneDNN by itself, where
-the processor multiplies them; where it does not, torch's own loop remains, at 13 GFLOP/s on two cores of a Zen 3 that
-reach 70 in fp32. There many rows are multiplied in fp32.
+the processor multiplies them; where it does not, torch's own loop remains, at 13 GFLOP/s on two cores of a Zen 3, a
+fifth of what they do in fp32 or less. There many rows are multiplied in fp32.
 
 Generating a token asks for products with a single row, or a few: `PreparedLinear` is for those.
 """

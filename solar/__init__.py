@@ -19,5 +19,5 @@ The reading order of this repository:
 15. `Makefile`            the recipes: `make align` is the whole paper in miniature
 16. `solar/claims.py`     what the papers claim, and `make reproduce`, which measures it; then `solar/trials.py`
 
-Arrows between modules point down only; tests/test_layout.py holds the table against the imports.
+Arrows between modules point down only; tests/test_layout.py holds its table of layers against the imports.
 """

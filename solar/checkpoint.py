@@ -108,7 +108,7 @@ def save_model(
     path: str | Path,
     dtype: str | torch.dtype | None = None,
     force: bool = False,
-    companions: Path | dict[str, bytes] | None = None,
+    companions: str | Path | dict[str, bytes] | None = None,
 ) -> Path:
     """Write a model in Hugging Face's layout, whole or not at all; layers that share memory are written separately.
 
@@ -130,6 +130,6 @@ def save_model(
             for file_name, content in companions.items():
                 (staging / file_name).write_bytes(content)
         elif companions is not None:
-            copy_companions(companions, staging)
+            copy_companions(Path(companions), staging)
         write_config(staging, replace(model.config, torch_dtype=tensors[0].dtype))
     return Path(path)

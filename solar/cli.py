@@ -113,10 +113,12 @@ def command_line(options, label: str) -> str:
 
 
 def run(main: Callable[[], None]) -> typing.NoReturn:
-    """Call `main` and exit: 0; 2 with one line for bad input or a failed write; 130 for Ctrl-C, 143 for SIGTERM."""
+    """Call `main` and exit: 0; 2 with one line for bad input or a failed write; 130 for Ctrl-C, 143 for SIGTERM, 129
+    for a closed terminal, 141 where nobody reads on."""
     warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
     for number in (signal.SIGTERM, signal.SIGHUP):  # a batch system's stop, a closed terminal: clean up as for Ctrl-C
-        signal.signal(number, _stop_on_signal)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup, which is to outlive the terminal
+            signal.signal(number, _stop_on_signal)
     try:
         main()
         sys.stdout.flush()

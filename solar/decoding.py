@@ -6,8 +6,7 @@ weights are laid out for products with one row (`kernels/linear.py`), projection
 rotary angles come from a table, and the operations are few. The results are the model's, up to rounding; between the
 products everything is fp32, also where the weights have 16 bits.
 
-Shapes: B sequences, D hidden, H query heads, K key and value heads, E head_dim, P positions, V
-vocabulary.
+Shapes: B sequences, D hidden, H query heads, K key and value heads, E head_dim, P positions, V vocabulary.
 """
 
 import torch

@@ -2,8 +2,8 @@
 
 Three layouts are read. Hugging Face's: `config.json` beside `model.safetensors`, or shards with an index, or the older
 `pytorch_model*.bin`. Mistral's releases: `params.json` beside `consolidated.safetensors` or `consolidated.*.pth`. The
-first is what is written. Both may lie in one folder, so files are never globbed for: the config or the index names
-them.
+first is what is written. Both may lie in one folder, so weights are looked for by the names that the config or the
+index implies, never as *.safetensors.
 
 Everything about a directory is checked before the first weight is used, and every problem is reported at once. Nothing
 here needs torch.

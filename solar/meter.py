@@ -6,6 +6,7 @@ product of random matrices, and not taken from a data sheet.
 """
 
 import resource
+import sys
 import time
 from typing import Protocol
 
@@ -15,6 +16,7 @@ from solar import cli
 from solar.config import ModelConfig
 
 PROBED = 0.2  # seconds
+RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes
 
 
 class StepOutcome(Protocol):
@@ -67,7 +69,7 @@ class Meter:
             "mfu": self.flops / seconds / self.peak,
             "memory_bytes": torch.cuda.max_memory_allocated()
             if on_gpu
-            else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+            else RSS_UNIT * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
             "seconds_left": left,
         }
 

@@ -8,7 +8,7 @@ training only what is new) reads this list. Carried out on modules, for the read
     for layer in (layer for layer, source in zip(layers, plan) if source.init == "identity"):
         layer.self_attn.o_proj.weight.data.zero_(), layer.mlp.down_proj.weight.data.zero_()
 
-In the papers' letters, which stand only in this file: n layers in the base, m dropped at each side, s in the result.
+In the papers' letters, which stand only in this file: n layers in the base, m dropped at each side.
 """
 
 import re

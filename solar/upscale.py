@@ -216,7 +216,7 @@ def _copy_range(source: int, offset: int, count: int, file: FileIO, advance: Cal
 
 @dataclass
 class Options:
-    model: str = cli.flag("out/base", help="directory of the base model", metavar="DIR")
+    model: str = cli.flag("solar/assets/base", help="directory of the base model", metavar="DIR")
     out: str = cli.flag("out/solar", help="directory to write", metavar="DIR")
     plan: str = cli.flag("dus", help=plans.GRAMMAR)
     dtype: str | None = cli.flag(None, help="cast to bfloat16, float16 or float32 (default: as stored)")

@@ -17,9 +17,11 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore = ["gpu"] if INTERPRETED else ["interpreter"]
 collect_ignore_glob = ["test_*.py"] if INTERPRETED else []
 
-# What a script starts with & ignores Ctrl-C, and so does all that it starts in turn: then the tests of it would fail.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# What a script starts with & ignores Ctrl-C, what nohup starts a closed terminal, and so does all that these start in
+# turn: then the tests of it would fail.
+for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, usual)
 
 # On a machine that others use, any example may take seconds.
 hypothesis.settings.register_profile("shared machine", deadline=None)

@@ -259,6 +259,17 @@ def test_a_run_that_is_stopped_cleans_up(tmp_path, number):
     assert os.listdir(tmp_path) == []
 
 
+def test_under_nohup_a_run_outlives_its_terminal():
+    script = textwrap.dedent("""
+        import os, signal
+        from solar import cli
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup leaves it
+        cli.run(lambda: (os.kill(os.getpid(), signal.SIGHUP), print("alive")))
+    """)
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "alive\n")
+
+
 @pytest.mark.parametrize(
     ("end", "code", "message"),
     [
