@@ -196,7 +196,8 @@ def fingerprints(options: Options, reader: CheckpointReader, tokenizer: Tokenize
     """What was measured, told by what it holds: a plan's file may have another plan the next time."""
     return {
         "model": reader.fingerprint(whole=True),
-        "plan": to_json(parse_plan(options.plan, reader.config.num_hidden_layers)) if options.plan else None,
+        "plan": options.plan,
+        "layers": to_json(parse_plan(options.plan, reader.config.num_hidden_layers)) if options.plan else None,
         "tokenizer": cli.file_sha256(tokenizer.path)[:16],
     }
 

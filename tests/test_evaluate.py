@@ -11,7 +11,9 @@ import pytest
 
 from solar import evaluate, standin, tasks
 from solar.base import ASSETS
+from solar.directory import CheckpointReader
 from solar.journal import Journal
+from solar.plan import parse_plan, to_json
 from solar.tasks import TASKS
 from solar.tokenizer import Tokenizer
 from tests.test_tasks import GOLDEN
@@ -223,6 +225,8 @@ def test_a_plan_is_carried_out_while_loading(measure):
         mine, theirs = (found["items"]["truthfulqa"][0]["loglikelihoods"] for found in (report, base))
         assert (mine == pytest.approx(theirs, rel=1e-5)) is same
         assert report["model"]["plan"] == plan
+        depth = CheckpointReader(ASSETS).config.num_hidden_layers
+        assert report["model"]["layers"] == to_json(parse_plan(plan, depth))
 
 
 def test_the_leaderboard_s_protocol(measure):
