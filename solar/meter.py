@@ -15,7 +15,7 @@ import torch
 from solar import cli
 from solar.config import ModelConfig
 
-PROBED = 0.2  # seconds
+PROBED = 0.3  # seconds
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes
 
 
@@ -56,6 +56,7 @@ class Meter:
         """The entry of a step that ends now."""
         now = time.monotonic()
         seconds = now - self.before
+        self.peak = max(self.peak, self.flops / seconds)  # other work may have held up what it was measured by
         left = (now - self.start) / (step - self.first) * (self.steps - step)
         on_gpu = self.device.type == "cuda"
         return {
@@ -93,7 +94,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
 
     (Where a dtype is emulated, as bf16 on most CPUs, a single product can take longer than that.)
     """
-    size = 8192 if device.type == "cuda" else 512
+    size = 8192 if device.type == "cuda" else 1024
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
     seconds = []
     while len(seconds) < 2 or sum(seconds) < PROBED:
