@@ -256,7 +256,7 @@ def test_the_readme_names_what_exists():
     listed = {line.split()[0] for line in tree.splitlines()}
     there = {f"solar/{path.name}" for path in (ROOT / "solar").glob("*.py")} - {"solar/__init__.py"}
     there |= {"train.py", "generate.py", "solar/assets/base/"}
-    assert there | {"kernels/", "tests/", "tests/interpreter/", "tests/bench/", "reports/"} == listed
+    assert there | {"kernels/", "tests/", "tests/interpreter/", "tests/bench/", "tests/reports/"} == listed
     lines = len((ROOT / "solar/model.py").read_text().splitlines())
     assert lines < 300, "which README says"
     for target in re.findall(r"`?make ([a-z-]+)\b", README):
