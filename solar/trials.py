@@ -56,6 +56,10 @@ def training_flops(config: ModelConfig, length: int, new_layers: int | None) -> 
     return whole - 2 * (products - new_layers * layer)
 
 
+class Diverged(ValueError):
+    """A training whose loss or gradient did not stay finite."""
+
+
 class Run(NamedTuple):
     """One training."""
 
@@ -206,8 +210,16 @@ class Trials:
             windows = self.texts[text].windows[number]
             found = known.setdefault(text, {}).setdefault(windows.sample.source, {})
             found[role] = nats(model, *getattr(windows, role))
-        with cli.publish_file(path) as file:
-            file.write(json.dumps(known) + "\n")
+        self._keep(key, known)
+
+    def rule_out(self, run: Run, text: str) -> None:
+        """Keep infinite losses of a learning rate with which the loss did not stay finite: another is chosen."""
+        found = {part.sample.source: {"choice": [math.inf] * len(part.choice[0])} for part in self.texts[text].windows}
+        self._keep(run.name, {text: found})
+
+    def _keep(self, key: str, losses: dict) -> None:
+        with cli.publish_file(self.losses_path(key)) as file:
+            file.write(json.dumps(losses) + "\n")
 
     @cache  # noqa: B019 (one object a process)
     def losses(self, key: str, text: str, source: str, role: str = "report") -> np.ndarray:
@@ -245,15 +257,20 @@ class Trials:
             code = process.wait()
         if code:
             lines = (out / "log").read_text(encoding="utf-8", errors="replace").splitlines() or [""]
-            raise ValueError(
-                f"{run.name}: {lines[-1].removeprefix('error: ')} (train.py ended with {code}; {out / 'log'})"
-            )
+            kind = Diverged if "is infinite or NaN" in lines[-1] else ValueError
+            raise kind(f"{run.name}: {lines[-1].removeprefix('error: ')} (train.py ended with {code}; {out / 'log'})")
 
     def train_and_measure(self, run: Run, texts: set[str], choosing: str | None) -> None:
         if self.stopping.is_set():
             return
-        self.train(run)
-        self.measure(self.run_dir(run) / "model", run.name, texts, choosing)
+        try:
+            self.train(run)
+        except Diverged:
+            if choosing is None:
+                raise
+            self.rule_out(run, choosing)
+        else:
+            self.measure(self.run_dir(run) / "model", run.name, texts, choosing)
         shutil.rmtree(self.run_dir(run) / "checkpoints", ignore_errors=True)
 
     def progress(self, run: Run) -> float:
@@ -318,7 +335,12 @@ class Trials:
                 / (part.choice[1][:, 1:] != IGNORED).sum().item() for part in parts
             )  # fmt: skip
 
-        return min(self.options.lrs, key=loss)
+        losses = {lr: loss(lr) for lr in self.options.lrs}
+        best = min(losses, key=losses.get)
+        if math.isinf(losses[best]):
+            rates = ", ".join(f"{lr:g}" for lr in losses)
+            raise ValueError(f"{arm}: infinite or NaN with every learning rate, {rates}; give lower --lrs")
+        return best
 
     def nats_of(self, term: Term, source: str) -> np.ndarray:
         """(S, N) nats of a term of a claim: seed by seed, window by window."""

@@ -57,14 +57,15 @@ class Forked:
     """A run of train.py as subprocess.Popen would start it, in a process that has torch already."""
 
     begun: list[str] = []  # noqa: RUF012 (of all)
-    fails: str | None = None
+    fails: dict[str, str] = {}  # noqa: RUF012 (of all: a part of the name of a run -> its last line)
 
     def __init__(self, words, stdout, stderr, start_new_session):
         options = cli.parse(train.Options, words[2:], prog="train.py", description="")
         Forked.begun.append(options.out.rpartition("/")[2])
-        self.code = 2 if Forked.fails and Forked.fails in options.out else None
-        if self.code:
-            stdout.write(b"some lines\nerror: the disk is full\n")
+        errors = [error for part, error in Forked.fails.items() if part in options.out]
+        self.code = 2 if errors else None
+        if errors:
+            stdout.write(f"some lines\nerror: {errors[0]}\n".encode())
         else:
             self.process = started(options)
 
@@ -81,7 +82,7 @@ class Forked:
 def forked(monkeypatch):
     monkeypatch.setattr(trials, "subprocess", types.SimpleNamespace(Popen=Forked))
     monkeypatch.setattr(Forked, "begun", [])
-    monkeypatch.setattr(Forked, "fails", None)
+    monkeypatch.setattr(Forked, "fails", {})
     return Forked
 
 
@@ -220,11 +221,11 @@ def test_everything_is_computed_once(options, forked):
 
 
 def test_a_run_that_fails_is_named_and_the_next_call_does_the_rest(options, forked):
-    forked.fails = "dus-m2"
+    forked.fails = {"dus-m2": "the disk is full"}
     with pytest.raises(ValueError, match=r"dus-m2-lr0\.0001-seed0: the disk is full \(train\.py ended with 2; .*/log"):
         carry_out(options(only=["c"], jobs=1))
     assert forked.begun == ["dus-lr0.0001-seed0", "dus-m2-lr0.0001-seed0"]  # the deeper one first
-    forked.fails = None
+    forked.fails = {}
     carry_out(options(only=["c"], jobs=1))
     assert forked.begun[2:] == ["dus-m2-lr0.0001-seed0"]
 
@@ -243,6 +244,19 @@ def test_each_arm_takes_its_best_learning_rate_by_windows_that_are_not_reported(
     report = reproduce.collect(job)
     assert {row.name: row.lr for row in report.training} == {arm: job.chosen(arm) for arm in ("dus", "dus-m2")}
     assert report.facts["seeds"] == "0 1"
+
+
+def test_a_learning_rate_that_diverges_is_not_chosen(options, forked):
+    forked.fails = {"lr2": "step 7: the gradient is infinite or NaN; nothing was updated or saved. Lower --lr"}
+    job = carry_out(options(only=["c"], lrs=[2.0, 1e-4]))
+    assert [job.chosen(arm) for arm in ("dus", "dus-m2")] == [1e-4, 1e-4]
+    begun = len(forked.begun)
+    carry_out(options(only=["c"], lrs=[2.0, 1e-4]))
+    assert len(forked.begun) == begun  # nor tried again
+    with pytest.raises(ValueError, match=r"dus.*: infinite or NaN with every learning rate, 2, 20; give lower --lrs"):
+        carry_out(options(only=["c"], lrs=[2.0, 20.0]))
+    with pytest.raises(trials.Diverged, match=r"dus.*-lr200-seed0: step 7: the gradient is infinite or NaN"):
+        carry_out(options(only=["c"], lrs=[200.0]))
 
 
 def test_without_training_the_table_of_idus(options, monkeypatch, capsys):
