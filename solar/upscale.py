@@ -25,6 +25,7 @@ from solar.directory import (
     CheckpointReader,
     Weight,
     check_room,
+    companions_of,
     copy_companions,
     dtype_name,
     verify_written,
@@ -55,14 +56,17 @@ class Upscaling:
 
     def describe(self) -> str:
         """The layer table with its seams, and parameters, bytes and config before and after."""
-        base, grown = self.reader.config, self.config
+        base, grown, base_dir = self.reader.config, self.config, self.reader.path
         bytes_before = sum(weight.stored.nbytes for weight in self.reader.weights.values())
         changes = []
         for name in ("model_type", "sliding_window", "max_position_embeddings"):
             if (old := getattr(base, name)) != (new := getattr(grown, name)):
                 changes.append(f"{name} {old} -> {new}")
+        stored = sorted({weight.dtype for weight in self.reader.weights.values()})
+        if stored != (written := sorted({target.dtype for target in self.targets})):
+            changes.append(f"dtype {', '.join(stored)} -> {', '.join(written)}")
         lines = [
-            f"base        {self.reader.path} ({self.reader.layout}, {self.reader.dtype})",
+            f"base        {base_dir} ({self.reader.layout}, {self.reader.dtype})",
             f"plan        {self.plan_text or 'a list'}: {base.num_hidden_layers} -> {grown.num_hidden_layers} layers",
             plans.layer_table(self.plan),
             f"new layers  {len(plans.new_layers(self.plan))}, seams {len(plans.seams(self.plan))}",
@@ -72,6 +76,8 @@ class Upscaling:
         ]
         if grown.num_hidden_layers <= base.num_hidden_layers:
             lines.append("note: this plan does not make the model deeper")
+        if not any(file.name.startswith(("tokenizer.model", "tokenizer.json")) for file in companions_of(base_dir)):
+            lines.append(f"note: {base_dir} has no tokenizer; generating and training need one beside the weights")
         return "\n".join(lines)
 
 

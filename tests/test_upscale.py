@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 from solar import cli, tensorfile
 from solar import upscale as upscaling
+from solar.base import ASSETS
 from solar.checkpoint import CheckpointReader, load_model
 from solar.config import ModelConfig
 from solar.model import Transformer
@@ -706,7 +707,19 @@ def test_what_the_command_says(bases, tmp_path, monkeypatch, capsys):
     before, after = (sum(t.numel() for t in written(d).values()) for d in (bases[FOUR], tmp_path / "out"))
     assert f"parameters  {before:,} -> {after:,}" in shown
     run_here(monkeypatch, "--model", bases[FOUR], "--out", tmp_path / "less", "--plan", "slices:0-2")
-    assert "note: this plan does not make the model deeper" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "note: this plan does not make the model deeper" in shown
+    assert f"note: {bases[FOUR]} has no tokenizer" in shown
+
+
+def test_the_config_line_says_a_cast_and_a_tokenizer_is_missed_only_where_there_is_none(tmp_path, monkeypatch, capsys):
+    run_here(monkeypatch, "--model", ASSETS, "--out", tmp_path / "out", "--dtype", "float32", "--dry-run")
+    shown = capsys.readouterr().out
+    (line,) = [line for line in shown.splitlines() if line.startswith("config ")]
+    assert line.endswith("; dtype bfloat16 -> float32")
+    assert "no tokenizer" not in shown
+    run_here(monkeypatch, "--model", ASSETS, "--out", tmp_path / "out", "--dtype", "bfloat16", "--dry-run")
+    assert "dtype" not in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------ processes
