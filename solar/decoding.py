@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 import kernels
 import solar.model as plain
-from kernels.linear import Form, PreparedLinear, has_fbgemm, multiplies_natively
+from kernels.linear import Form, PreparedLinear, has_fbgemm, mkl_is_at_home, multiplies_natively
 from solar.model import DecoderLayer, KVCache, Transformer, rotary_table
 
 PAYS_FROM = 16  # new tokens of a sequence
-TILES_PAY_FROM = 64  # new tokens: to lay out fp32 weights took six steps on a Zen 3, and saved a quarter of each
+LAYOUT_PAYS_FROM = 64  # new tokens: to lay out fp32 weights took six steps on a Zen 3, and saved a quarter of each
 HALF_PAYS_FROM = 128  # new tokens of all sequences together: packing is slow, and each row saves
 MAX_COPIED_BYTES = 2 << 30
 PARTS = {nn.Embedding, nn.ModuleList, Transformer, plain.Decoder}
@@ -50,7 +50,8 @@ def choose_form(model: Transformer, batch: int, new_tokens: int) -> Form:
     if copied > MAX_COPIED_BYTES or not has_fbgemm():
         return "own"
     if batch == 1:
-        return "tiles" if new_tokens >= TILES_PAY_FROM else "own"
+        laid_out = "columns" if dtype == torch.float32 and mkl_is_at_home() else "tiles"
+        return laid_out if new_tokens >= LAYOUT_PAYS_FROM else "own"
     pays = not multiplies_natively(dtype) and batch * new_tokens >= HALF_PAYS_FROM
     return "half" if pays else "own"
 

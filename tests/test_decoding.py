@@ -84,7 +84,9 @@ def distance(found: torch.Tensor, truth: torch.Tensor) -> float:
 
 @models
 @pytest.mark.parametrize(
-    ("form", "lengths"), [("tiles", (11,)), ("own", (11,)), ("own", (9, 1, 13)), ("own", (8, 8))], ids=str
+    ("form", "lengths"),
+    [("tiles", (11,)), ("columns", (11,)), ("own", (11,)), ("own", (9, 1, 13)), ("own", (8, 8))],
+    ids=str,
 )
 def test_logits_are_the_models(changes, form, lengths):
     model = build(**changes)
@@ -116,8 +118,9 @@ def by_the_model(model: Transformer, *args, **settings) -> list[list[int]]:
 
 @pytest.fixture
 def made(monkeypatch):
-    """The form of each model that is prepared from now on, with its number of distinct layers."""
+    """The form of each model that is prepared from now on, with its number of distinct layers; as on no Intel."""
     forms = []
+    monkeypatch.setattr(solar.decoding, "mkl_is_at_home", lambda: False)
 
     class Recorded(PreparedTransformer):
         def __init__(self, *args):
@@ -168,6 +171,15 @@ def test_a_shared_layer_is_laid_out_once(made):
     assert made == [("tiles", 3), ("own", 3)]
 
 
+def test_where_mkl_is_at_home_fp32_lies_in_columns(made, monkeypatch):
+    monkeypatch.setattr(solar.decoding, "mkl_is_at_home", lambda: True)
+    prompts, model = prompts_of(11), build(attention_bias=True)
+    for count in (64, 63):
+        assert generate(model, prompts, count) == by_the_model(model, prompts, count)
+    generate(build(dtype=torch.bfloat16), prompts, 64)
+    assert [form for form, _ in made] == ["columns", "own", "tiles"]
+
+
 def test_16_bits_in_batches_where_the_processor_does_not_multiply_them(made, monkeypatch):
     model, prompts = build(dtype=torch.bfloat16), prompts_of(9, 1, 13, 5)
     monkeypatch.setattr(solar.decoding, "multiplies_natively", lambda dtype: dtype == torch.float32)
@@ -198,7 +210,7 @@ def test_own_copies_no_weight():
     assert all(weight.data_ptr() in stored for weight in held)
 
 
-@pytest.mark.parametrize("form", ["tiles", "half", "own"])
+@pytest.mark.parametrize("form", ["tiles", "columns", "half", "own"])
 def test_what_was_prepared_goes_when_nobody_holds_it(form):
     """And not when the garbage collector finds a cycle: the next call prepares anew, and would take as much again."""
     prepared = PreparedTransformer(build(dtype=torch.bfloat16), form)
@@ -217,7 +229,7 @@ def test_weights_beyond_fp16_are_not_packed_as_such():
     assert prepared(torch.ones(2, 16)).float().allclose(torch.tensor(1.6e6), rtol=2**-8)
 
 
-@pytest.mark.parametrize("form", ["tiles", "half"])
+@pytest.mark.parametrize("form", ["tiles", "columns", "half"])
 def test_16_bit_weights_are_those_of_the_model(form):
     """The products with the identity are the weights; of those below 2^-17 fp16 loses what lies below 2^-24."""
     weight = (torch.randn(40, 16, generator=torch.Generator().manual_seed(0)) / 50).bfloat16()

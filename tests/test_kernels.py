@@ -163,10 +163,12 @@ def test_gradients_are_those_of_finite_differences(name):
 @pytest.mark.parametrize("onednn", [True, False])
 @pytest.mark.parametrize("frozen", ["none", "x", "weight", "bias"])
 def test_a_projection_asks_for_no_gradient_that_nobody_wants(monkeypatch, onednn, frozen):
+    """By oneDNN as on no Intel."""
     module = sys.modules["kernels.linear"]  # the name in the package is the operation's
     if onednn and not module._has_onednn():
         pytest.skip("this torch has no oneDNN")
     monkeypatch.setattr(module, "_has_onednn", lambda: onednn)
+    monkeypatch.setattr(module, "mkl_is_at_home", lambda: False)
     tensors = {"x": randn(4, 7, 33), "weight": randn(5, 33, seed=1), "bias": randn(5, seed=2)}
     tensors = {name: t.float().requires_grad_(name != frozen) for name, t in tensors.items()}
     strided = {name: t.detach().double().requires_grad_(name != frozen) for name, t in tensors.items()}
@@ -178,6 +180,21 @@ def test_a_projection_asks_for_no_gradient_that_nobody_wants(monkeypatch, onednn
             assert tensor.grad is None
         else:
             torch.testing.assert_close(tensor.grad, strided[name].grad.float(), **NEAR[torch.float32])
+
+
+@pytest.mark.parametrize("at_home", [True, False])
+@pytest.mark.parametrize("rows", [1, 3, 4, 15, 16, 64])
+def test_fp32_is_multiplied_by_whoever_is_faster(monkeypatch, at_home, rows):
+    """MKL on Intel's processors, but for a few rows; elsewhere oneDNN: and both give the product."""
+    module, asked = sys.modules["kernels.linear"], []
+    if not module._has_onednn():
+        pytest.skip("this torch has no oneDNN")
+    onednn = module.product
+    monkeypatch.setattr(module, "mkl_is_at_home", lambda: at_home)
+    monkeypatch.setattr(module, "product", lambda *tensors: asked.append(rows) or onednn(*tensors))
+    x, weight = randn(rows, 33).float(), randn(5, 33, seed=1).float()
+    torch.testing.assert_close(linear_torch(x, weight), linear_reference(x, weight), **NEAR[torch.float32])
+    assert bool(asked) == (not at_home or 4 <= rows < 16)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
