@@ -58,6 +58,9 @@ class Options:
     group: int | None = cli.flag(None, help="layers in a group of iDUS (default: a third of a copy)")
     sequence_length: int | None = cli.flag(None, help="tokens in a sequence (default: 256, of other models 512)")
     batch_size: int | None = cli.flag(None, help="sequences in a step (default: 4, of other models 8)")
+    dtype: Literal["auto", "bf16", "fp32"] = cli.flag(
+        "auto", help="what runs compute in, as of train.py; all are measured in fp32"
+    )
     windows: int = cli.flag(64, help="held-out windows of each source that every model is measured on", metavar="N")
     jobs: int = cli.flag(2, help="runs side by side; give each its threads with OMP_NUM_THREADS")
     align: str = cli.flag("out/align", help="what `make align` wrote, for part f", metavar="DIR")
@@ -152,7 +155,7 @@ def facts(job: Trials) -> dict[str, str]:
         "trained on": f"{' '.join(options.data)}, the new domain: {options.domain}",
         "measured on": windows,
         "each run": f"{job.steps('base'):,} steps of {options.batch_size} x {options.sequence_length} tokens, cosine "
-        f"to 0, learning rates to choose from: {', '.join(f'{lr:g}' for lr in options.lrs)}",
+        f"to 0, learning rates to choose from: {', '.join(f'{lr:g}' for lr in options.lrs)}; dtype {options.dtype}",
         "seeds": " ".join(map(str, options.seeds)),
         "training took": f"{cli.human_seconds(seconds)}, all runs; threads of each: {torch.get_num_threads()}",
         "machine": evidence.machine(),

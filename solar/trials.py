@@ -147,7 +147,7 @@ class Trials:
         settings = {
             "model": self.reader.fingerprint(), "m": self.m, "group": self.group, "tokens": options.tokens,
             "batch size": options.batch_size, "sequence length": options.sequence_length, "windows": options.windows,
-            "device": "cuda" if torch.cuda.is_available() else "cpu", "holdout": HOLDOUT,
+            "dtype": options.dtype, "device": "cuda" if torch.cuda.is_available() else "cpu", "holdout": HOLDOUT,
         }  # fmt: skip
         settings |= {f"arm {name}": list(self.arms[name]) for name, trained in self.needed if trained}
         settings |= {f"{name} text": text.identity for name, text in self.texts.items()}
@@ -241,7 +241,7 @@ class Trials:
             "train": arm.train, "max-steps": steps, "batch-size": options.batch_size,
             "sequence-length": options.sequence_length, "lr": run.lr, "warmup-steps": max(steps // 20, 1),
             "schedule": "cosine", "min-lr": 0, "seed": run.seed, "holdout": HOLDOUT,
-            "eval-every": max(whole // EVALUATIONS, 1), "eval-sequences": CURVE_WINDOWS,
+            "eval-every": max(whole // EVALUATIONS, 1), "eval-sequences": CURVE_WINDOWS, "dtype": options.dtype,
             "save-every": max(steps // 4, 1), "keep": 1, "data-cache": options.data_cache,
         }  # fmt: skip
         words = [sys.executable, str(TRAIN)]
