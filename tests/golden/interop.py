@@ -290,6 +290,23 @@ def mergekit_makes(out: Path, recipe: dict) -> Path:
     return out
 
 
+def check_what_mergekit_wrote(out: Path, ours: Transformer, table: Table, method: str, variant: str) -> None:
+    """The same tensors. mergekit 0.1.5 leaves out the biases of a Llama whose config says that it has some: what it
+    writes then is no whole model, and we must say which tensors it lacks."""
+    biases = [name for name in ours.state_dict() if name.endswith(".bias")]
+    with table.row(f"mergekit {method}", "solar load_model" + ", refused: no biases" * bool(biases), variant):
+        if not biases:
+            check_same(dict(load_model(out).state_dict()), dict(ours.state_dict()))
+            return
+        refusal = "loaded, although its biases are missing"
+        try:
+            load_model(out)
+        except ValueError as error:
+            refusal = str(error)
+        assert "missing from the files" in refusal, refusal
+        assert "proj.bias" in refusal, refusal
+
+
 def run_mergekit(folder: Path, real: Path | None, table: Table) -> None:
     out = folder / "theirs"
     cases = ("llama_gqa_head_dim", "llama_tied", "llama_biases", "mistral_window")  # each takes minutes
@@ -300,17 +317,13 @@ def run_mergekit(folder: Path, real: Path | None, table: Table) -> None:
         slices = [{"sources": [{"model": str(directory), "layer_range": [0, ours.config.num_hidden_layers]}]}]
         with table.row(writer, "mergekit passthrough", variant):
             mergekit_makes(out, {"slices": slices, "merge_method": "passthrough", "dtype": dtype})
-            with table.row("mergekit passthrough", "solar load_model", variant):
-                check_same(dict(load_model(out).state_dict()), dict(ours.state_dict()))
-                ids = ids_for(ours.config)
-                check_near(our_logits(out, ids), our_logits(directory, ids), 0.0)
+            check_what_mergekit_wrote(out, ours, table, "passthrough", variant)
         with table.row(writer, "mergekit linear", variant):
             twin = shutil.copytree(directory, folder / f"twin{number}")
             pairs = zip((directory, twin), (0.25, 0.75), strict=True)
             models = [{"model": str(model), "parameters": {"weight": weight}} for model, weight in pairs]
             mergekit_makes(out, {"models": models, "merge_method": "linear", "dtype": dtype})
-            with table.row("mergekit linear", "solar load_model", variant):
-                check_same(dict(load_model(out).state_dict()), dict(ours.state_dict()))
+            check_what_mergekit_wrote(out, ours, table, "linear", variant)
     for case in ("llama_tied", "llama_gqa_head_dim", "mistral_window"):
         grown = []
         for seed in (0, 1):
