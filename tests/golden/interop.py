@@ -396,8 +396,8 @@ def run_lm_eval(folder: Path, real: Path | None, table: Table) -> None:
 @torch.no_grad()
 def loglikelihood(model: Transformer, tokenizer: Tokenizer, context: str, continuation: str) -> float:
     whole, before = (tokenizer.encode(text, bos=tokenizer.adds_bos) for text in (context + continuation, context))
-    labels = torch.tensor([[-100] * len(before) + whole[len(before) :]])[:, 1:]
-    return float(model(torch.tensor([whole[:-1]]), labels=labels).sum())
+    labels = torch.tensor([[-100] * len(before) + whole[len(before) :]])
+    return float(model(torch.tensor([whole]), labels=labels).sum())
 
 
 # ------------------------------------------------------------------------------------------------ llama.cpp
