@@ -110,7 +110,8 @@ def training_step(model, optimizer, objective, micro_batches, lr: float, clip: f
     stop() says whether this rank was told to end.
     """
     total, count, sums = 0.0, 0, {}
-    for batch in micro_batches:
+    for number, batch in enumerate(micro_batches, start=1):
+        dist.sum_over_replicas(model, number == len(micro_batches))
         batch = {name: tensor.to(world.device, non_blocking=True) for name, tensor in batch.items()}
         loss, learned_here, further = objective(model, batch)
         loss.backward()
@@ -283,7 +284,7 @@ def train(options: Options, world: dist.World) -> None:
 
 def loop(options: Options, reader, batches, model, optimizer, record: dict, steps: int, snapshots, world, say) -> dict:
     """The steps from where the record stands, with what they print, log, evaluate and save. Returns the last record."""
-    stage, out = STAGES[options.stage], Path(options.out)
+    stage, out, say = STAGES[options.stage], Path(options.out), cli.unheard(say)
     objective = partial(stage.objective, **{name: getattr(options, name) for name in stage.settings})
     log = MetricsLog(out / "metrics.jsonl", after_step=record["step"]) if world.rank == 0 else None
     meter = Meter(
@@ -502,11 +503,8 @@ def evaluate(
 
 def run(options: Options) -> None:
     """Train in the job that torchrun has started, or in one of this process alone."""
-    world = dist.setup(options.device, options.sharding)
-    try:
+    with dist.joined(options.device, options.sharding) as world:
         train(options, world)
-    finally:
-        dist.close()
 
 
 def main() -> None:

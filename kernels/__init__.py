@@ -37,7 +37,7 @@ CHOICES = ("auto", "triton", "torch", "reference")
 
 def _attention_triton(q: Tensor, k: Tensor, v: Tensor, *mask) -> Tensor:
     """Few queries go to the kernel that splits the keys, all others to the one that takes them in blocks."""
-    return (decode_attention_triton if is_decode(q, k) else attention_triton)(q, k, v, *mask)
+    return (decode_attention_triton if is_decode(q, k, v) else attention_triton)(q, k, v, *mask)
 
 
 # Which forms each operation has. The first one of the order of preference that exists is taken.

@@ -59,7 +59,9 @@ multiprocessor that multiplies 2048 pairs in that cycle.
 The loops. Blocks in which every query sees every key need no mask; only those on the diagonal, at the window's edge and
 at the border of a document do. One loop runs over both kinds and branches, for with a loop for each the compiler would
 drain and refill the pipeline of loads between them, and keep the accumulators twice. Blocks that no query of the
-program sees are never loaded: the bounds come from the window, and from one cheap look at the document ids.
+program sees are never loaded: the bounds come from the window, and from a look at the document ids. Each program
+looks at all ids that the rest allows, 1,024 at a time: one to eight looks to 16k positions, but as many as there are
+blocks of keys in a document of 2,048 when 128k positions are packed.
 
 Three things cost a factor on Hopper, show only in the machine code, and are why some lines below look as they do:
 - The test `begin < end` around each loop. A loop that may run no times leaves accumulators that plain instructions
@@ -310,7 +312,7 @@ def _query_range(
     full_begin = tl.maximum(last, 0)
     full_end = T
     if HAS_WINDOW:
-        end = tl.minimum(end, last + window)
+        end = tl.maximum(tl.minimum(end, last + window), begin)  # below 0 for keys that no query reaches
         full_end = tl.minimum(full_end, first + window)
     if HAS_DOCUMENTS and SCAN == 0:
         full_end = full_begin
@@ -712,13 +714,15 @@ def attention_triton(
 
 
 def compile_cases() -> list[CompileCase]:
-    """Every configuration with window and documents, which take the most registers; head_dim 128 also without."""
+    """Every configuration with window and documents, which take the most registers; head_dim 128 also without, and 32
+    in the tiles of 64."""
     cases = []
     for arch in ARCHITECTURES:
         for kernel, configs in CONFIGS[arch].items():
-            cases += [_compile_case(arch, kernel, E, config) for E, config in configs.items()]
             cases.append(_compile_case(arch, kernel, 128, configs[128], masks=False))
-            cases += [_compile_case(arch, kernel, E, config).in_fp32() for E, config in FP32[arch][kernel].items()]
+            for E in (32, *configs):
+                cases.append(_compile_case(arch, kernel, E, configs[max(E, 64)]))
+                cases.append(_compile_case(arch, kernel, E, FP32[arch][kernel][max(E, 64)]).in_fp32())
     return cases
 
 

@@ -228,10 +228,11 @@ def _split(groups: int, blocks: int, slots: int) -> int:
     return -(-blocks // min(range(1, min(blocks, slots) + 1), key=cost))
 
 
-def is_decode(q: Tensor, k: Tensor) -> bool:
+def is_decode(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether `decode_attention_triton` serves: few rows of queries to a key head, and no gradient wanted."""
     rows = q.shape[2] * (q.shape[1] // k.shape[1])
-    return 0 < rows <= MAX_ROWS and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad))
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    return 0 < rows <= MAX_ROWS and not learns
 
 
 def decode_attention_triton(
@@ -328,13 +329,14 @@ def _(q, k, v, window, document_ids, key_document_ids):
 
 
 def compile_cases() -> list[CompileCase]:
-    """Both kernels for head_dim 64, 128, 256, bf16 and fp32; the first with few rows and many, documents and none."""
+    """Both kernels for head_dim 32 to 256, bf16 and fp32; the first with few rows and many, documents and none."""
     cases = []
     strides = [f"stride_{x}{dim}" for x, dims in (("q", "bht"), ("k", "bhn"), ("v", "bhn")) for dim in dims]
     integers = ["stride_ib", "stride_it", "stride_jb", "G", "T", "S", "window", "start", "keys_per_split", "splits"]
     partials = dict.fromkeys(("o_ptr", "m_ptr", "l_ptr"), "*fp32")
     ids = ("ids_ptr", "key_ids_ptr")
-    shapes = [(64, 16, False), (64, MAX_ROWS, True), (128, 16, False), (128, 16, True), (128, MAX_ROWS, False)]
+    shapes = [(32, 16, True), (64, 16, False), (64, MAX_ROWS, True)]
+    shapes += [(128, 16, False), (128, 16, True), (128, MAX_ROWS, False)]
     shapes += [(256, 16, False), (256, MAX_ROWS, True)]
     for name in CONFIGS:
         for E, rows, documents in shapes:
@@ -350,7 +352,7 @@ def compile_cases() -> list[CompileCase]:
                 divisible=(*pointers, *strides),
             )
             cases += [case, case.in_fp32(_config(name, E, 4, rows))]
-        for E in (64, 128, 256):
+        for E in (32, 64, 128, 256):
             y_strides = ["stride_yb", "stride_yh", "stride_yt"]
             case = CompileCase(
                 kernel=_decode_merge,

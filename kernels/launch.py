@@ -4,7 +4,8 @@ A file with kernels says `from kernels.launch import tl, triton` and imports eve
 `jit` leaves a function as it is and nothing ever calls it.
 
 A kernel is compiled with one configuration of a small fixed list, chosen by architecture and shape and never by timing,
-so a run is repeatable and nothing is compiled again when only a length changes.
+so a run is repeatable and nothing is compiled again when only a length changes (attention but once, when the keys
+become more than the window).
 """
 
 import functools

@@ -294,6 +294,7 @@ def _row_sums(x, residual, dy, weight, total, eps: float) -> tuple[Tensor, Tenso
         *(x, residual, dy, weight, total, inverse, pull, *strides, eps, D),
         **ROW_SUMS.constants,
         num_warps=ROW_SUMS.num_warps,
+        num_stages=ROW_SUMS.num_stages,
     )
     return inverse, pull
 
@@ -349,7 +350,10 @@ def _backward(dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, eps:
             num_stages=config.num_stages,
         )
         _rmsnorm_sum[(triton.cdiv(D, SUM.constants["BLOCK_D"]),)](
-            *(partial, dw, programs, D), **SUM.constants, num_warps=SUM.num_warps
+            *(partial, dw, programs, D),
+            **SUM.constants,
+            num_warps=SUM.num_warps,
+            num_stages=SUM.num_stages,
         )
     return dx, dw
 

@@ -86,6 +86,7 @@ def _launch(kernel, config: Config, inputs: tuple[Tensor, ...], outputs: tuple[T
             *(*rows, *outputs, width, *(x.stride(0) for x in rows)),
             **config.constants,
             num_warps=config.num_warps,
+            num_stages=config.num_stages,
         )
 
 

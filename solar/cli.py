@@ -151,26 +151,38 @@ def _last_line(text: str) -> None:
 
 
 class Interruption:
-    """Whether to stop after the step: SIGTERM or Ctrl-C ask for it; a second one ends the process at once.
+    """Whether to stop after the step: SIGTERM, Ctrl-C or a closed terminal ask for it, and a second time at once.
 
-    (At once when Python comes to it: not while a rank waits for another in a collective.)
+    (At once when Python comes to it: not while a rank waits for another in a collective. A signal that is ignored, as
+    SIGHUP is under nohup, stays so.)
     """
 
     def __init__(self):
         self.asked = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._ask)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._ask)
 
     def __call__(self) -> bool:
         return self.asked
 
     def _ask(self, number: int, _frame) -> None:
-        # torchrun passes on a Ctrl-C that the terminal has sent to its ranks already: that is still the first one.
+        # What has started this process may pass on a Ctrl-C that the terminal has sent it already: still the first one.
         if self.asked and time.monotonic() - self.when > 1:
             os._exit(128 + number)
         if not self.asked:
             self.asked, self.when = True, time.monotonic()
-            print("stopping after this step; once more to stop at once", file=sys.stderr, flush=True)
+            unheard(print)("stopping after this step; once more to stop at once", file=sys.stderr, flush=True)
+
+
+def unheard(say: Callable[..., None]) -> Callable[..., None]:
+    """`say` for work that goes on when nobody reads on, or the disk of the log is full."""
+
+    def said(*args, **settings) -> None:
+        with contextlib.suppress(OSError):
+            say(*args, **settings)
+
+    return said
 
 
 def describe(error: Exception) -> str:

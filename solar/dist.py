@@ -41,6 +41,7 @@ class World:
     control: dist.ProcessGroup  # gloo, for Python objects
     background: dist.ProcessGroup  # gloo, for a thread that runs beside the training step
     restarts: int = 0  # how often torchrun has started the ranks again
+    local_size: int = 1  # ranks on this machine
 
     @property
     def shards(self) -> int:
@@ -60,7 +61,8 @@ def setup(device: str = "auto", sharding: str = "full") -> World:
     """Join the job that torchrun describes, or be a job of one process. Call `close` in the end.
 
     sharding: "full" splits parameters over all ranks; "hybrid" over those of one machine, each machine holding a copy
-    (HSDP), so that only gradients travel between machines. Raises ValueError for a device that is not there.
+    (HSDP), so that only gradients travel between machines. Raises ValueError for a device that is not there, and for
+    restarts in which the ranks of several machines would not find each other.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -79,9 +81,18 @@ def setup(device: str = "auto", sharding: str = "full") -> World:
         raise ValueError(f"--sharding hybrid wants as many ranks on each machine: {size} in all, {local_size} here")
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
     if "RANK" in os.environ:
-        # torchrun keeps its store when it restarts ranks, which would find their predecessors' addresses in it.
+        # torchrun's own store outlives the ranks: new ones would find the old ones' addresses in it. But each machine's
+        # torchrun counts its own restarts, so the count tells new from old on one machine only.
+        outlives = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        several = int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1
+        if outlives and several and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+            raise ValueError(
+                "--max-restarts on several machines needs a new store for each start of the ranks: set "
+                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where torchrun is started"
+            )
         store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
-        store = dist.PrefixStore(f"attempt-{restarts}", store)
+        if outlives:
+            store = dist.PrefixStore(f"attempt-{restarts}", store)
     else:
         store = dist.HashStore()
     dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=rank, world_size=size)
@@ -91,11 +102,30 @@ def setup(device: str = "auto", sharding: str = "full") -> World:
         mesh = init_device_mesh(kind, (size,), mesh_dim_names=("shard",))
     here = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
     control, background = (dist.new_group(backend="gloo", timeout=TIMEOUT) for _ in range(2))
-    return World(rank, size, here, mesh, control, background, restarts)
+    everywhere: list[int] = [0] * size
+    dist.all_gather_object(everywhere, restarts, control)
+    return World(rank, size, here, mesh, control, background, max(everywhere), local_size)
 
 
 def close() -> None:
     dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def joined(device: str = "auto", sharding: str = "full") -> Iterator[World]:
+    """`setup`, and `close` when all has gone well.
+
+    A rank that fails while others wait for it leaves without closing: NCCL's way of closing may wait for them in turn,
+    and the error would be shown by nobody.
+    """
+    world = setup(device, sharding)
+    try:
+        yield world
+    except BaseException:
+        if world.size == 1:
+            close()
+        raise
+    close()
 
 
 # ------------------------------------------------------------------------------------------------ the model
@@ -131,6 +161,8 @@ def shard(
         cast_forward_inputs=False,
     )
     offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
+    if cpu_offload and hasattr(os, "sched_getaffinity"):  # the update runs on this rank's cores; torchrun leaves it one
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
     # Gathering a second time for the backward pass buys memory that only accelerators lack, for traffic they can hide.
     reshard = world.device.type != "cpu"
     for unit in [*model.model.layers, model]:
@@ -171,6 +203,12 @@ def _keep_products():
         return CheckpointPolicy.MUST_SAVE if operator.name() in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)
+
+
+def sum_over_replicas(model: Transformer, wanted: bool) -> None:
+    """Whether the next backward pass sums gradients over replicas, too: for all micro-batches together once will do."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_all_reduce(wanted)
 
 
 @torch.no_grad()

@@ -296,11 +296,8 @@ def run(options: Options) -> None:
             )
         )  # fmt: skip
         return
-    world = dist.setup(options.device)
-    try:
+    with dist.joined(options.device) as world:
         make(options, world)
-    finally:
-        dist.close()
 
 
 def main() -> None:

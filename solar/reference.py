@@ -335,11 +335,8 @@ def check(options: Options) -> CheckpointReader:
 
 def run(options: Options) -> None:
     """Compute in the job that torchrun has started, or in one of this process alone."""
-    world = dist.setup(options.device)
-    try:
+    with dist.joined(options.device) as world:
         make(options, world)
-    finally:
-        dist.close()
 
 
 def main() -> None:

@@ -45,7 +45,7 @@ def load(
 
     Each rank reads its own parts, whatever number of ranks wrote them. group: to share the verification, which
     `verified` says `Snapshots.latest` has just done. Raises what `verify` raises, and ValueError if the checkpoint is
-    of another model, or of one with other weights frozen.
+    of another model, or has moments of weights that are frozen now; weights that were frozen begin without moments.
     """
     step_dir = Path(step_dir)
     if not verified:

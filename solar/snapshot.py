@@ -92,9 +92,14 @@ class Snapshots:
 
         model: parameters may be DTensors of FSDP2; optimizer: an AdamW over them. Saved are weights and moments by
         their names. The optimizer's options are not: whoever resumes sets them again. record: JSON, handed back by
-        `restore.load`. Raises ValueError on every rank for a state that is not finite, and what `wait` raises.
+        `restore.load`. Raises ValueError on every rank for a state that is not finite, and what `wait` raises, but
+        then only when this state has been saved, if that is possible by now.
         """
-        self.wait()
+        refused = None
+        try:
+            self.wait()
+        except OSError as error:
+            refused = error
         content = {"format": FORMAT, "step": step, "record": json.loads(json.dumps(record))}
         state = {name: tensor.detach() for name, tensor in _named_state(model, optimizer).items()}
         try:
@@ -104,6 +109,10 @@ class Snapshots:
         else:
             self._writer = threading.Thread(target=self._write_and_note_failure, args=(step, state, content))
             self._writer.start()
+        if refused:
+            if self._writer:
+                self._writer.join()
+            raise refused
 
     def wait(self) -> None:
         """Return once the last save has come to its end. If the disk refused it: raise OSError, or say so and go on."""
@@ -147,7 +156,6 @@ class Snapshots:
     def _write_and_note_failure(self, step: int, state: dict[str, Tensor], content: dict[str, Any]) -> None:
         try:
             self._write(step, state, content)
-            self.written = self.root / f"step-{step:08}"
         except Exception as error:
             self._failure = error  # for `wait`
 
@@ -174,9 +182,10 @@ class Snapshots:
                 ("manifest", lambda: self._write_manifest(staging, content)),
                 ("rename", lambda: self._rename(staging, final)),
                 ("latest", lambda: self._move_latest(final)),
-                ("prune", self._prune),
             ):
                 self._together(step, phase, work if self.rank == 0 else lambda: None)
+            self.written = final
+            self._together(step, "prune", self._prune if self.rank == 0 else lambda: None)
 
     def _together(self, step: int, phase: str, work: Callable[[], Any]) -> list[Any]:
         def announced():
@@ -275,7 +284,7 @@ class Snapshots:
         """Remove all but the first `keep` whole ones. The one that `latest` names is the first of them."""
         for path in [path for path in self._in_order() if seems_whole(path)][self.keep :]:
             removed = path.rename(path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}"))
-            shutil.rmtree(removed)
+            shutil.rmtree(removed, ignore_errors=True)  # `_start` tries again
 
     # -------------------------------------------------------------------------------------------- the directory
 

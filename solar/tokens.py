@@ -172,7 +172,7 @@ class Tokens:
     """The stream of ids of a split, "train" or "heldout", of a directory that `prepare` gave.
 
     It is mapped into memory: only what is read is loaded, and the system may forget it. Opening compares sizes with the
-    manifest, not contents: that reads all of it (`Manifest.verify`), and a job that starts again should not have to.
+    manifest, not contents: that is `Manifest.verify`, which reads all of it, once a start.
     Raises ValueError if a file is not as long as the manifest says, and for ids that are not below vocab_size.
     """
 

@@ -259,6 +259,27 @@ def test_a_run_that_is_stopped_cleans_up(tmp_path, number):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_an_interruption_is_asked_for_even_where_nobody_reads(number):
+    script = textwrap.dedent(f"""
+        import os, sys
+        from solar import cli
+        stop = cli.Interruption()
+        os.close(2)
+        os.kill(os.getpid(), {int(number)})
+        print(stop())
+    """)
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert done.stdout == "True\n"
+
+
+def test_lines_that_nobody_hears_stop_nothing():
+    def refused(*_, **__):
+        raise BrokenPipeError
+
+    cli.unheard(refused)("step 1", flush=True)
+
+
 def test_under_nohup_a_run_outlives_its_terminal():
     script = textwrap.dedent("""
         import os, signal

@@ -185,6 +185,27 @@ def test_full_disk(root, phase, on_error, monkeypatch, capsys):
     assert holds(snapshots.latest(), 3)
 
 
+def test_old_checkpoints_that_cannot_be_removed_are_no_failure(root, monkeypatch):
+    """As on NFS, where another process reads in one: the next run tries again."""
+    snapshots, remove = alone(root, keep=1), shutil.rmtree
+
+    def refused(path, ignore_errors=False):
+        if ".partial-" in Path(path).name and not ignore_errors:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty")
+        if ".partial-" not in Path(path).name:
+            remove(path, ignore_errors)
+
+    monkeypatch.setattr(snapshot.shutil, "rmtree", refused)
+    for step in (1, 2):
+        save(snapshots, step)
+        assert snapshots.written == root / f"step-{step:08}"
+    assert steps(root) == [2]
+    assert len(hidden(root)) == 1
+    monkeypatch.undo()
+    alone(root)
+    assert hidden(root) == []
+
+
 @pytest.mark.parametrize("limit", [100, 8_000, 200_000])
 def test_a_write_that_fails_half_way(root, limit):
     """The last within a tensor, of which torch reports something else; the message still says what the disk said."""

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -326,7 +327,8 @@ def test_a_killed_rank_is_restarted_and_the_curve_is_the_same(options):
 @pytest.mark.slow
 def test_two_nodes_with_hybrid_sharding(options):
     """Two torchruns on one machine, each a "node" of two ranks, copies across and shards within."""
-    alone, nodes = options("alone", max_steps=4), options("nodes", max_steps=4, sharding="hybrid")
+    alone = options("alone", max_steps=4)
+    nodes = options("nodes", max_steps=4, sharding="hybrid", micro_batch_size=1)  # replicas are summed once a step
     train.run(alone)
     meet = ("--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:29517", "--rdzv-id", "two")
     first = subprocess.Popen(
@@ -338,6 +340,27 @@ def test_two_nodes_with_hybrid_sharding(options):
     assert first.returncode == second.returncode == 0, err + second.stderr
     assert "2 copies sharded 2-fold" in out + second.stdout
     assert losses(nodes) == pytest.approx(losses(alone), rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("own_store", [True, False])
+def test_two_nodes_meet_again_when_a_rank_of_one_was_killed(options, own_store, monkeypatch):
+    """Each torchrun counts restarts by itself, so every start needs a store of its own; without, that is said."""
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", str(int(own_store)))
+    whole, killed = options("whole", max_steps=8, save_every=2), options("killed", max_steps=8, save_every=2)
+    meet = ("--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:29519", "--rdzv-id", "again")
+    meet += ("--max-restarts", "3" if own_store else "1", "--monitor-interval", "0.2")
+    with ThreadPoolExecutor(2) as pool:
+        nodes = [pool.submit(launch, killed, 1, "kill:1:6", meet) for _ in range(2)]
+    done = [node.result() for node in nodes]
+    if not own_store:
+        assert all(node.returncode for node in done)
+        assert any("set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in node.stderr for node in done)
+        return
+    assert [node.returncode for node in done] == [0, 0], done
+    assert (Path(killed.out) / "survived").exists()
+    assert launch(whole, ranks=2).returncode == 0
+    assert losses(killed) == losses(whole)
 
 
 # ------------------------------------------------------------------------------------------------ faults
@@ -434,7 +457,10 @@ def test_a_disk_that_is_full_for_one_save(options, monkeypatch, capsys, policy):
         assert "no space left on the disk" in capsys.readouterr().err
         assert len(losses(run)) == 8
     assert failed
-    assert verify(sorted((Path(run.out) / "checkpoints").glob("step-*"))[0])
+    checkpoints = sorted((Path(run.out) / "checkpoints").glob("step-*"))
+    # What was learned since the refusal is not thrown away either: it is saved before the run stops.
+    assert [int(path.name[5:]) for path in checkpoints] == ([2, 6] if policy == "stop" else [6, 8])
+    assert all(verify(path) for path in checkpoints)
 
 
 # ------------------------------------------------------------------------------------------------ bad input

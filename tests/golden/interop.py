@@ -374,9 +374,10 @@ def run_lm_eval(folder: Path, real: Path | None, table: Table) -> None:
         for plan in ("dus", "expand"):
             out = upscale(base, folder / "made", plan, max_shard_bytes=5_000_000, force=True)
             with table.row(f"solar upscale {plan}", "lm_eval --model hf", label):
+                tokenizer = Tokenizer(out)
                 found = lm_eval.simple_evaluate(
                     model="hf",
-                    model_args={"pretrained": str(out), "dtype": "float32"},
+                    model_args={"pretrained": str(out), "dtype": "float32", "add_bos_token": tokenizer.adds_bos},
                     tasks=["two_questions"],
                     task_manager=TaskManager(include_path=str(tasks)),
                     device="cpu",
@@ -384,7 +385,7 @@ def run_lm_eval(folder: Path, real: Path | None, table: Table) -> None:
                     log_samples=True,
                     bootstrap_iters=0,
                 )
-                model, tokenizer = load_model(out, dtype="float32"), Tokenizer(out)
+                model = load_model(out, dtype="float32")
                 for sample in found["samples"]["two_questions"]:
                     for request, answer in zip(sample["arguments"], sample["resps"], strict=True):
                         context, continuation = request

@@ -87,6 +87,17 @@ def test_documents(lengths, T, window, dtype):
     check(*inputs(2, 1, 1, T, S, 16, dtype), window, ids[:, S - T :], ids)
 
 
+def test_nothing_is_read_before_the_first_query():
+    """Keys so old that no window reaches them meet no query, neither one before the first: there it is NaN."""
+    ids, guard = packed(1, (60, 40)), 64
+    before = torch.full((1, 1, guard, 16), float("nan"))
+    q, k, v = inputs(1, 1, 1, 20, 100, 16, torch.float32)
+    q, dy = (torch.cat((before, t), dim=2)[:, :, guard:] for t in (q, q.cos()))
+    expected = run(A.attention_reference, q, k, v, dy, 5, ids[:, 80:], ids)
+    found = run(A.attention_triton, q, k, v, dy, 5, ids[:, 80:], ids)
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("scan", [0, 16])
 def test_ways_to_look_at_the_ids(scan, monkeypatch):
     monkeypatch.setattr(A, "_config", lambda kernel, q, width: A._tiles(16, 16, 4, 1, scan))

@@ -134,14 +134,16 @@ def test_splits_fill_the_gpu(groups, blocks):
 
 
 def test_is_decode():
-    q, k, _ = random_qkv(1, 8, 2, 1, 9, 16)
-    assert is_decode(q, k)
-    assert is_decode(q.expand(1, 8, 8, 16), k)
-    assert not is_decode(q.expand(1, 8, 9, 16), k)  # 36 rows
-    assert not is_decode(q[:, :, :0], k)  # none
-    assert not is_decode(q.requires_grad_(), k)
-    with torch.no_grad():
-        assert is_decode(q, k)
+    q, k, v = random_qkv(1, 8, 2, 1, 9, 16)
+    assert is_decode(q, k, v)
+    assert is_decode(q.expand(1, 8, 8, 16), k, v)
+    assert not is_decode(q.expand(1, 8, 9, 16), k, v)  # 36 rows
+    assert not is_decode(q[:, :, :0], k, v)  # none
+    for learns in range(3):
+        leaves = [t.detach().requires_grad_(i == learns) for i, t in enumerate((q, k, v))]
+        assert not is_decode(*leaves)
+        with torch.no_grad():
+            assert is_decode(*leaves)
 
 
 def test_refusals():
