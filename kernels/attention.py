@@ -568,12 +568,18 @@ _FP32 = {
     "keys": {64: _tiles(32, 32, 4, 1), 128: _tiles(16, 32, 4, 1), 256: _tiles(16, 16, 8, 1)},
 }
 FP32 = dict.fromkeys(ARCHITECTURES, _FP32)
+FP32["sm_100"] = _FP32 | {"forward": _FP32["forward"] | {32: _tiles(32, 32, 8, 2)}}  # with 4 warps it spills
 FP32["gfx942"] = _FP32 | {"keys": _FP32["keys"] | {256: _tiles(16, 16, 4, 1)}}  # 4 warps have 512 registers each
+
+
+def _of_width(configs: dict[int, Config], width: int) -> Config:
+    """The tiles of 64 serve narrower heads too, unless those have their own."""
+    return configs.get(width) or configs[max(width, 64)]
 
 
 def _config(kernel: str, q: Tensor, width: int) -> Config:
     table = (FP32 if q.dtype == torch.float32 else CONFIGS)[architecture(q.device)]
-    return table[kernel][max(width, 64)]
+    return _of_width(table[kernel], width)
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -721,8 +727,8 @@ def compile_cases() -> list[CompileCase]:
         for kernel, configs in CONFIGS[arch].items():
             cases.append(_compile_case(arch, kernel, 128, configs[128], masks=False))
             for E in (32, *configs):
-                cases.append(_compile_case(arch, kernel, E, configs[max(E, 64)]))
-                cases.append(_compile_case(arch, kernel, E, FP32[arch][kernel][max(E, 64)]).in_fp32())
+                cases.append(_compile_case(arch, kernel, E, _of_width(configs, E)))
+                cases.append(_compile_case(arch, kernel, E, _of_width(FP32[arch][kernel], E)).in_fp32())
     return cases
 
 
