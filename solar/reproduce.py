@@ -66,6 +66,7 @@ class Options:
     align: str = cli.flag("out/align", help="what `make align` wrote, for part f", metavar="DIR")
     data_cache: str = cli.flag("out/data", help="directory that keeps tokenised data", metavar="DIR")
     out: str = cli.flag("out/reproduce", help="directory for models, runs and the report", metavar="DIR")
+    about: str | None = cli.flag(None, help="what model and texts are, to be said in the report", metavar="TEXT")
     report: str | None = cli.flag(None, help="another directory for the report", metavar="DIR")
 
     def __post_init__(self):
@@ -149,7 +150,7 @@ def facts(job: Trials) -> dict[str, str]:
         "documents" for part in parts
     )  # fmt: skip
     seconds = sum(evidence.seconds(job.out / "runs" / path.stem) for path in (job.out / "losses").glob("*-lr*.json"))
-    return {
+    return ({"about": options.about} if options.about else {}) | {
         "base": f"{evidence.called(options.model)}: {config.num_hidden_layers} layers, "
         f"{config.num_parameters():,} parameters; m = {job.m}, groups of {job.group}",
         "trained on": f"{' '.join(options.data)}, the new domain: {options.domain}",
