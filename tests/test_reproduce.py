@@ -231,7 +231,7 @@ def test_a_run_that_fails_is_named_and_the_next_call_does_the_rest(options, fork
 
 
 def test_each_arm_takes_its_best_learning_rate_by_windows_that_are_not_reported(options, forked):
-    job = carry_out(options(only=["c"], lrs=[1e-2, 1e-9], seeds=[0, 1]))
+    job = carry_out(options(only=["c"], lrs=[1e-2, 1e-9], seeds=[0, 1], about="a tiny model"))
     assert len(forked.begun) == 2 * 2 + 2
     for arm in ("dus", "dus-m2"):
         chosen = {}
@@ -243,7 +243,7 @@ def test_each_arm_takes_its_best_learning_rate_by_windows_that_are_not_reported(
         assert f"{arm}-lr{job.chosen(arm):g}-seed1" in forked.begun
     report = reproduce.collect(job)
     assert {row.name: row.lr for row in report.training} == {arm: job.chosen(arm) for arm in ("dus", "dus-m2")}
-    assert report.facts["seeds"] == "0 1"
+    assert (report.facts["about"], report.facts["seeds"]) == ("a tiny model", "0 1")
 
 
 def test_a_learning_rate_that_diverges_is_not_chosen(options, forked):
