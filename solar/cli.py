@@ -151,7 +151,7 @@ def _last_line(text: str) -> None:
 
 
 class Interruption:
-    """Whether to stop after the step: SIGTERM, Ctrl-C or a closed terminal ask for it, and a second time at once.
+    """Whether to stop after the step: SIGTERM, Ctrl-C or a closed terminal ask for it; a second one ends the process.
 
     (At once when Python comes to it: not while a rank waits for another in a collective. A signal that is ignored, as
     SIGHUP is under nohup, stays so.)
