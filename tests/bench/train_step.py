@@ -1,8 +1,8 @@
 """A training step beside transformers', in pairs: `python -m tests.bench.train_step --peer PEER/bin/python`.
 
 Both train the same random Llama on the same random tokens with fused AdamW and clipping. Two processes stay alive and
-take turns, a few steps each, so that a busy machine slows both; the figure is the median over the turns of tokens/s,
-and the ratio that of the turns. Peak memory is the resident set of each process (`VmHWM`).
+take turns, a step each, so that a busy machine slows both; the figure is the median over the turns of tokens/s, and the
+ratio that of the turns, with its quartiles. Peak memory is the resident set of each process (`VmHWM`).
 
 On a machine that others use, OMP_NUM_THREADS=1 and --cpu-seconds compare what each process was given of a core instead
 of the time that passed.
@@ -146,12 +146,14 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", default=["fp32"], choices=["fp32", "bf16"])
     parser.add_argument("--compile", action="store_true", help="the peer's compiled form instead of its eager one")
     parser.add_argument("--cpu-seconds", action="store_true", help="compare CPU time, not the time that passed")
-    parser.add_argument("--turns", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=4, help="in a turn")
+    parser.add_argument("--turns", type=int, help="(default: 30, with --ranks 7)")
+    parser.add_argument("--steps", type=int, help="in a turn (default: 1, with --ranks 4)")
     parser.add_argument("--ranks", action="store_true", help="two ranks beside one, and no peer")
     parser.add_argument("--count", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--serve", choices=["ours", "theirs"], help=argparse.SUPPRESS)
     options = parser.parse_args()
+    options.turns = options.turns or (7 if options.ranks else 30)
+    options.steps = options.steps or (4 if options.ranks else 1)
     if options.serve:
         {"ours": ours, "theirs": theirs}[options.serve](options.shape[0], options.dtype[0], options.compile)
         return
@@ -182,8 +184,8 @@ def main() -> None:
                 rate = statistics.median(tokens / turn[name][clock] for turn in turns)
                 line += f"  {name} {rate:,.0f} tokens/s, {max(turn[name][2] for turn in turns) / 1e6:,.0f} MB"
             if options.peer:
-                ratio = statistics.median(turn["theirs"][clock] / turn["ours"][clock] for turn in turns)
-                line += f"  ratio {ratio:.2f}" + " (theirs compiled)" * options.compile
+                low, ratio, high = statistics.quantiles(turn["theirs"][clock] / turn["ours"][clock] for turn in turns)
+                line += f"  ratio {ratio:.2f} ({low:.2f} to {high:.2f})" + " (theirs compiled)" * options.compile
             print(line, flush=True)
 
 
