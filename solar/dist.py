@@ -116,7 +116,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)
 def keep_freed_memory() -> None:
     """Let this process keep the memory that a step has freed, for the next step: on a CPU, what a GPU has anyway.
 
-    glibc asks the kernel for each large tensor anew and gives it back afterwards, and the kernel clears every page again:
+    glibc asks the kernel for each large tensor anew and gives it back afterwards, and the kernel clears all its pages:
     10,000 to 50,000 page faults in a step of 8M parameters, a tenth of its time. Another C library stays as it is.
     """
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
