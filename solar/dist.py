@@ -187,12 +187,11 @@ def shard(
             unit, mesh=world.mesh, mp_policy=precision, offload_policy=offload,
             reshard_after_forward=reshard and unit is not model,
         )  # fmt: skip
-    units = [unit for unit in model.modules() if isinstance(unit, FSDPModule)]
-    for unit in (
-        units if world.size > 1 else []
-    ):  # a rank alone has no mean to turn off, and would divide by 1 at length
-        unit.set_gradient_divide_factor(1.0)  # gradients are summed; the step divides by the tokens it learned
-        unit.set_force_sum_reduction_for_comms(True)  # else gloo is asked for an operation that it does not have
+    if world.size > 1:  # a rank alone has no mean to turn off, and would divide each gradient by 1
+        for unit in model.modules():
+            if isinstance(unit, FSDPModule):
+                unit.set_gradient_divide_factor(1.0)  # gradients are summed; the step divides by the tokens it learned
+                unit.set_force_sum_reduction_for_comms(True)  # else gloo is asked for an operation it does not have
     model.to_empty(device="cpu" if cpu_offload else world.device)
 
 
