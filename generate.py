@@ -164,6 +164,8 @@ def load(options: Options) -> Session:
         x is not None for x in (options.top_k, options.top_p, options.min_p, options.seed)
     ):
         print("note: temperature 0 takes the likeliest token; top-k, top-p, min-p and seed do nothing", file=sys.stderr)
+    if kind == "cpu":
+        cli.keep_freed_memory()
     select(options.kernels)
     CheckpointReader(options.model)  # what is no model is said to be none, before its tokenizer is missed
     tokenizer = Tokenizer(options.model)

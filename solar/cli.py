@@ -194,6 +194,23 @@ def describe(error: Exception) -> str:
     return str(error)
 
 
+# ------------------------------------------------------------------------------------------------ memory
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the memory that it frees, for its next tensors: on a CPU, what a GPU has anyway.
+
+    glibc asks the kernel for each large tensor anew and gives it back afterwards, and the kernel clears all its pages:
+    10,000 to 50,000 page faults in a training step of 8M parameters, a tenth of its time. Another C library stays as it
+    is.
+    """
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
+
+
 # ------------------------------------------------------------------------------------------------ progress
 
 

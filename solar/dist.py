@@ -6,7 +6,6 @@ each rank's part (arXiv:2304.11277, arXiv:1910.02054). One process takes the sam
 """
 
 import contextlib
-import ctypes
 import functools
 import math
 import os
@@ -79,7 +78,7 @@ def setup(device: str = "auto", sharding: str = "full") -> World:
             )
         torch.cuda.set_device(local_rank)
     else:
-        keep_freed_memory()
+        cli.keep_freed_memory()
     if sharding == "hybrid" and size % local_size:
         raise ValueError(f"--sharding hybrid wants as many ranks on each machine: {size} in all, {local_size} here")
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
@@ -108,20 +107,6 @@ def setup(device: str = "auto", sharding: str = "full") -> World:
     everywhere: list[int] = [0] * size
     dist.all_gather_object(everywhere, restarts, control)
     return World(rank, size, here, mesh, control, background, max(everywhere), local_size)
-
-
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)
-
-
-def keep_freed_memory() -> None:
-    """Let this process keep the memory that a step has freed, for the next step: on a CPU, what a GPU has anyway.
-
-    glibc asks the kernel for each large tensor anew and gives it back afterwards, and the kernel clears all its pages:
-    10,000 to 50,000 page faults in a step of 8M parameters, a tenth of its time. Another C library stays as it is.
-    """
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def close() -> None:

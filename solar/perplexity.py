@@ -256,6 +256,8 @@ def place(options) -> dict:
     device = options.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        cli.keep_freed_memory()
     select(options.kernels)
     dtype = options.dtype if options.dtype != "auto" else "bf16" if device.startswith("cuda") else "fp32"
     return {"device": device, "dtype": parse_dtype(dtype)}

@@ -383,3 +383,41 @@ def test_progress_in_a_log_is_plain_lines(capsys, monkeypatch):
 def test_units():
     assert [cli.human_bytes(n) for n in (0, 999, 1000, 21_463_056_384)] == ["0 B", "999 B", "1.00 kB", "21.46 GB"]
     assert [cli.human_seconds(s) for s in (0.4, 59, 61, 3661)] == ["0 s", "59 s", "1 min 01 s", "1 h 01 min"]
+
+
+FREED = """
+import resource
+import sys
+import torch
+
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+def of_a_step():
+    before = faults()
+    for _ in range(20):
+        torch.ones(4_000_000), torch.ones(9_000_000)  # 16 and 36 MB, freed at once
+    return faults() - before
+
+
+before = of_a_step()
+exec(sys.argv[1])
+of_a_step()
+print(before, of_a_step())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what is asked of glibc")
+@pytest.mark.parametrize(
+    "command",
+    [
+        "from solar import dist; dist.setup('cpu')",
+        "import generate; generate.load(generate.Options(model='solar/assets/base'))",
+    ],
+)
+def test_what_a_step_has_freed_is_there_for_the_next(command):
+    done = subprocess.run([sys.executable, "-c", FREED, command], cwd=ROOT, capture_output=True, text=True, check=True)
+    before, after = map(int, done.stdout.split())
+    if before < 20 * 8_000:  # another C library, or a kernel with huge pages: nothing to gain
+        pytest.skip(f"only {before} page faults without it")
+    assert after < 1_000, f"{before} page faults before, {after} after"

@@ -498,34 +498,3 @@ def test_the_command_ends_with_code_2_and_no_traceback(options):
         [sys.executable, "train.py", *flags(options(data=["nowhere.txt"]))], cwd=ROOT, capture_output=True, text=True
     )
     assert (done.returncode, done.stderr) == (2, "error: nowhere.txt: no such file or directory\n")
-
-
-FREED = """
-import resource
-import torch
-from solar import dist
-
-faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-
-
-def of_a_step():
-    before = faults()
-    for _ in range(20):
-        torch.ones(4_000_000), torch.ones(9_000_000)  # 16 and 36 MB, freed at once
-    return faults() - before
-
-
-before = of_a_step()
-dist.setup("cpu")
-of_a_step()
-print(before, of_a_step())
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="what is asked of glibc")
-def test_what_a_step_has_freed_is_there_for_the_next():
-    done = subprocess.run([sys.executable, "-c", FREED], cwd=ROOT, capture_output=True, text=True, check=True)
-    before, after = map(int, done.stdout.split())
-    if before < 20 * 8_000:  # another C library, or a kernel with huge pages: nothing to gain
-        pytest.skip(f"only {before} page faults without it")
-    assert after < 1_000, f"{before} page faults before, {after} after"

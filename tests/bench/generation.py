@@ -2,9 +2,10 @@
 
 Both open the same random weights, which `save_model` wrote, and continue the same random prompts greedily. Two
 processes stay alive and take turns, a whole generation each, so that a busy machine slows both. The figures are medians
-over the turns: the time to the first token, what is made ready for decoding included; tokens/s from the first token to
-the last; GB/s of weights read meanwhile, beside the most that this machine gave torch from memory; ratios are those of
-the turns. Memory is the most that a process had resident (`VmHWM`), its mapped weights included.
+over the turns: the time to the first token, and how much of it went into making the model ready for decoding; tokens/s
+from the first token to the last; GB/s of weights read meanwhile, beside the most that this machine gave torch from
+memory; ratios are those of the turns. Memory is the most that a process had resident (`VmHWM`), its mapped weights
+included.
 
 On a machine that others use, OMP_NUM_THREADS=1 and --cpu-seconds compare what each process was given of a core instead
 of the time that passed.
@@ -47,23 +48,37 @@ def write_model(shape: str, dtype: str, longest: int, path: Path) -> None:
 
 
 def serve(generate, clock) -> None:
-    """For each line on stdin, run generate(count, note), which calls `note` after each token, and print its times."""
+    """For each line on stdin, run generate(count, note), which calls `note` after each token, and print its times.
+
+    What `generate` returns are the seconds in which it made the model ready.
+    """
     for line in sys.stdin:
         times: list[float] = []
         start = clock()
-        generate(int(line), lambda times=times: times.append(clock()))
-        print(json.dumps([times[0] - start, times[-1] - times[0], memory()]), flush=True)
+        ready = generate(int(line), lambda times=times: times.append(clock()))
+        print(json.dumps([times[0] - start, times[-1] - times[0], ready, memory()]), flush=True)
 
 
 def ours(path: str, batch: int, length: int, clock) -> None:
+    from solar import cli, sampling
     from solar.checkpoint import load_model
-    from solar.sampling import generate
 
+    cli.keep_freed_memory()  # as generate.py does
     model = load_model(path)
     prompts = prompts_of(batch, length, model.config.vocab_size)
+    prepare, spent = sampling.prepare, []
 
-    def run(count: int, note) -> None:
-        generate(model, prompts, count, on_token=lambda row, token: note() if row == 0 else None)
+    def timed(*arguments):
+        start = clock()
+        made = prepare(*arguments)
+        spent.append(clock() - start)
+        return made
+
+    sampling.prepare = timed
+
+    def run(count: int, note) -> float:
+        sampling.generate(model, prompts, count, on_token=lambda row, token: note() if row == 0 else None)
+        return spent.pop()
 
     serve(run, clock)
 
@@ -84,7 +99,7 @@ def theirs(path: str, batch: int, length: int, clock) -> None:
             self.note()
             return torch.zeros(len(input_ids), dtype=torch.bool)
 
-    def run(count: int, note) -> None:
+    def run(count: int, note) -> float:
         made = model.generate(
             input_ids,
             attention_mask=torch.ones_like(input_ids),
@@ -94,6 +109,7 @@ def theirs(path: str, batch: int, length: int, clock) -> None:
             stopping_criteria=StoppingCriteriaList([Note(note)]),
         )
         assert made.shape == (batch, length + count)
+        return 0.0
 
     serve(run, clock)
 
@@ -133,16 +149,20 @@ def measure(options, shape: str, dtype: str, batch: int, length: int, path: Path
         worker.close()
     line = f"{shape} {dtype}, {batch} x {length} + {options.new}:"
     for name in workers:
-        first, rest = (statistics.median(turn[name][at] for turn in turns) for at in (0, 1))
+        first, rest, ready = (statistics.median(turn[name][at] for turn in turns) for at in range(3))
         steps = options.new - 1
+        prepared = f" ({ready:.2f} to make the model ready)" if ready else ""
         line += (
-            f"  {name} first token {first:.2f} s ({batch * length / first:,.0f} tokens/s), then "
+            f"  {name} first token {first:.2f} s{prepared}, then "
             f"{batch * steps / rest:.1f} tokens/s, {steps * weight_bytes(shape, dtype) / rest / 1e9:.1f} GB/s, "
-            f"{max(turn[name][2] for turn in turns) / 1e6:,.0f} MB;"
+            f"{max(turn[name][3] for turn in turns) / 1e6:,.0f} MB;"
         )
     if options.peer:
-        first, rest = (statistics.median(turn["theirs"][at] / turn["ours"][at] for turn in turns) for at in (0, 1))
-        line += f"  ours over theirs: first token {first:.2f}, tokens/s {rest:.2f}"
+        ratio = lambda time: statistics.median(time(turn["theirs"]) / time(turn["ours"]) for turn in turns)
+        line += (
+            f"  theirs over ours: first token {ratio(lambda turn: turn[0]):.2f}, reading the prompt "
+            f"{ratio(lambda turn: turn[0] - turn[2]):.2f}, a token {ratio(lambda turn: turn[1]):.2f}"
+        )
     return line
 
 
