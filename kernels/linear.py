@@ -96,10 +96,10 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, dy: Tensor):
         x, weight = ctx.saved_tensors
         want_dx, want_dw, want_db = ctx.needs_input_grad
-        rows = dy.flatten(0, -2)
+        rows = dy.reshape(-1, len(weight))
         return (
             product(dy, weight.T) if want_dx else None,
-            rows.T @ x.flatten(0, -2) if want_dw else None,
+            rows.T @ x.reshape(-1, weight.shape[1]) if want_dw else None,
             rows.sum(0) if want_db else None,
         )
 

@@ -46,7 +46,7 @@ def label_logprobs_reference(x: Tensor, weight: Tensor, labels: Tensor, summed: 
     """The specification, with all logits at once; nothing is gained from `summed`."""
     logits = x @ weight.T
     logprobs = logits.to(_wide(logits)).log_softmax(dim=-1)
-    chosen = logprobs.gather(-1, labels.clamp(min=0)[:, None])[:, 0]
+    chosen = logprobs.gather(-1, labels.where(labels != IGNORED, 0)[:, None])[:, 0]
     return torch.where(labels == IGNORED, 0.0, chosen)
 
 

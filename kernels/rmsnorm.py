@@ -64,7 +64,7 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx, dy: Tensor):
         normalised, inverse, weight = ctx.saved_tensors
         n, g = normalised.to(inverse.dtype), dy.to(inverse.dtype)
-        dw = (g * n).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        dw = (g * n).reshape(-1, len(weight)).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
         if not ctx.needs_input_grad[0]:
             return None, dw, None
         g = g * weight

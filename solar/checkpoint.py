@@ -2,6 +2,8 @@
 
 from collections import deque
 from dataclasses import replace
+from functools import partial
+from io import FileIO
 from pathlib import Path
 
 import torch
@@ -15,7 +17,7 @@ from solar.directory import (
     dtype_name,
     write_config,
 )
-from solar.elements import fill, map_file, side_by_side, view_in, write_bytes
+from solar.elements import check_fits, fill, map_file, side_by_side, view_in, write_bytes
 from solar.model import DecoderLayer, Transformer
 from solar.plan import ZEROED_IN_IDENTITY, Plan, from_json, parse_plan, to_json
 from solar.tensorfile import TensorToWrite, spans, write_shards
@@ -43,8 +45,8 @@ def load_model(
     that nothing stands beside the model but a piece for each: through pinned memory on the way to a GPU.
     plan: up-scale on the way, as text or as a list. Layers that come from the same source are one module and share its
     memory: for running a plan without writing it, not for training it.
-    Raises FileNotFoundError, and ValueError with every problem of the directory listed, or for a file that changes
-    while it is read.
+    Raises FileNotFoundError, and ValueError with every problem of the directory listed, for a file that changes while
+    it is read, or for a value that `dtype` does not hold.
     """
     reader = CheckpointReader(path)
     config, dtype = reader.config, dtype_name(dtype) or reader.dtype
@@ -73,7 +75,8 @@ def _load_tensors(reader: CheckpointReader, dtype: str, device: torch.device) ->
         else:
             tensors[name] = torch.empty(stored.shape, dtype=getattr(torch, dtype), device=device)
             flat = tensors[name].flatten()
-            pieces += [(weight, flat[start:stop], start, stop) for start, stop in spans(len(flat), stored.itemsize)]
+            cuts = spans(len(flat), stored.itemsize)
+            pieces += [(name, weight, flat[start:stop], start, stop) for start, stop in cuts]
     if pieces:
         with side_by_side() as run:
             deque(run(fill, pieces), maxlen=0)
@@ -103,6 +106,12 @@ def share_layers(model: Transformer, plan: Plan) -> None:
 # ------------------------------------------------------------------------------------------------ saving
 
 
+def _write(name: str, tensor: Tensor, dtype: torch.dtype, file: FileIO) -> None:
+    cast = tensor.detach().to(device="cpu", dtype=dtype)
+    check_fits(name, tensor, cast)
+    write_bytes(file, cast)
+
+
 def save_model(
     model: Transformer,
     path: str | Path,
@@ -113,7 +122,8 @@ def save_model(
     """Write a model in Hugging Face's layout, whole or not at all; layers that share memory are written separately.
 
     companions: a directory whose tokenizer files are copied along, or the contents of such files by name.
-    Raises FileExistsError if the directory exists and is not empty, unless `force` allows to replace it.
+    Raises FileExistsError if the directory exists and is not empty, unless `force` allows to replace it, and ValueError
+    for a value that `dtype` does not hold.
     """
     wanted = dtype_name(dtype)
     state = model.state_dict()
@@ -122,8 +132,7 @@ def save_model(
         tensor = state[name]
         assert tuple(tensor.shape) == shape, f"{name}: {tuple(tensor.shape)}, the config says {shape}"
         stored_as = wanted or str(tensor.dtype).removeprefix("torch.")
-        write = lambda file, t=tensor, d=stored_as: write_bytes(file, t.to(device="cpu", dtype=getattr(torch, d)))
-        tensors.append(TensorToWrite(name, shape, stored_as, write))
+        tensors.append(TensorToWrite(name, shape, stored_as, partial(_write, name, tensor, getattr(torch, stored_as))))
     with publish(Path(path), force) as staging:
         write_shards(staging, tensors, DEFAULT_MAX_SHARD_BYTES)
         if isinstance(companions, dict):

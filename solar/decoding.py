@@ -3,8 +3,8 @@
 What limits a step is reading every weight once from memory; what a step of `solar/model.py` adds to that is the time of
 libraries on products with one row, and of Python and torch's dispatcher on some forty small operations a layer. So the
 weights are laid out for products with one row (`kernels/linear.py`), projections of the same input are one product,
-rotary angles come from a table, and the operations are few. The results are the model's, up to rounding; between the
-products everything is fp32, also where the weights have 16 bits.
+rotary angles come from a table, and the operations are few. The results are the model's, up to rounding; the residual
+stream, the norms and the rotation are fp32 also where the weights have 16 bits.
 
 Shapes: B sequences, D hidden, H query heads, K key and value heads, E head_dim, P positions, V vocabulary.
 """

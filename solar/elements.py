@@ -33,12 +33,17 @@ def elements(source: Source, start: int, stop: int) -> Tensor:
     return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
 
 
-def fill(source: Source, part: Tensor, start: int, stop: int) -> None:
-    """Copy elements start..stop-1 of the flattened tensor into `part`, of any dtype, on any device."""
+def fill(name: str, source: Source, part: Tensor, start: int, stop: int) -> None:
+    """Copy elements start..stop-1 of the flattened tensor `name` into `part`, of any dtype, on any device.
+
+    ValueError naming the tensor if a value becomes infinite.
+    """
     piece = elements(source, start, stop)
     if part.is_cuda:  # from pinned memory, the copy is the device's own work, and the cast follows it there
         piece = piece.pin_memory().to(part.device)
     part.copy_(piece)
+    if part.dtype == torch.float16:
+        check_fits(name, piece, part)
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
@@ -60,12 +65,17 @@ def cast(name: str, dtype: str, make: Callable[[int, int], Tensor]) -> Callable[
     def make_bytes(start: int, stop: int) -> memoryview:
         made = make(start, stop)
         cast = made.to(getattr(torch, dtype))
-        finite = cast is made or cast.abs().max().isfinite()  # quick, and nearly always true
-        if not finite and bool((cast.isinf() & ~made.isinf()).any()):
-            raise ValueError(f"{name}: values up to {made.abs().max():.4g} do not fit {cast.dtype}; use bfloat16")
+        check_fits(name, made, cast)
         return as_bytes(cast)
 
     return make_bytes
+
+
+def check_fits(name: str, made: Tensor, cast: Tensor) -> None:
+    """Raise ValueError naming the tensor if a value that was finite in `made` is infinite in `cast`."""
+    finite = cast.dtype == made.dtype or not len(cast) or cast.abs().max().isfinite()  # quick, and nearly always true
+    if not finite and bool((cast.isinf() & ~made.isinf()).any()):
+        raise ValueError(f"{name}: values up to {made.abs().max():.4g} do not fit {cast.dtype}; use bfloat16")
 
 
 def map_file(path: Path) -> Tensor:

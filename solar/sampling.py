@@ -1,8 +1,9 @@
 """Generation: read the prompts in chunks, then one token at a time.
 
 Prompts of uneven length run as one batch, padded on the left, so that all rows take each step together. Padding is a
-document of its own: nothing sees it, and positions begin at each row's first real token, so a row's tokens are those
-that it would get alone.
+document of its own: nothing sees it, and positions begin at each row's first real token, so a row's logits are those
+that it would get alone, up to rounding: products with another number of rows add in another order, and two tokens that
+are all but equally likely may change places.
 
 Shapes: B prompts, T positions, V vocabulary.
 """
@@ -32,7 +33,8 @@ def choose_probabilities(
     (arXiv:1904.09751); min_p those at least min_p times as likely as the likeliest (arXiv:2407.01082).
     """
     logits = logits.float()
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # at most 0: no temperature makes it overflow
+    logits = logits - logits.amax(dim=-1, keepdim=True)  # at most 0: no temperature makes an infinity that counts
+    logits = logits / max(temperature, torch.finfo(logits.dtype).tiny)  # a smaller one is 0 in fp32
     if top_k is not None and top_k < logits.shape[-1]:
         threshold = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < threshold, float("-inf"))
@@ -52,6 +54,12 @@ def choose_probabilities(
 def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Make what was `seen` (B, V) less likely: logits / penalty, or * penalty if negative (arXiv:1909.05858)."""
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def check_finite(logits: Tensor, dtype: torch.dtype) -> None:
+    """Raise ValueError if a logit is not finite, as 16 bits may make one at any step. dtype: the model's."""
+    if not bool(logits.isfinite().all()):
+        raise ValueError(f"the logits are not finite in {dtype}: try bfloat16 or float32, or check the weights")
 
 
 class Memory:
@@ -134,8 +142,8 @@ def generate(
     called for every new id as it is made; returning True ends that row. Each row draws from its own generator, seeded
     with seed + row, so what it gets does not depend on its neighbours. memory: what the call before left, for a single
     prompt.
-    Raises ValueError for an empty prompt, an id outside the vocabulary, a setting out of range, or a prompt that with
-    max_new_tokens exceeds the model's context.
+    Raises ValueError for an empty prompt, an id outside the vocabulary, a setting out of range, a prompt that with
+    max_new_tokens exceeds the model's context, or logits that are not finite.
     """
     _check(model, prompts, max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed)
     stops = set() if eos_id is None else {eos_id} if isinstance(eos_id, int) else set(eos_id)
@@ -168,14 +176,13 @@ def generate(
     for at in range(cache.length, longest, chunk):
         ids = document_ids[:, at : at + chunk] if uneven else None
         logits = model(input_ids[:, at : at + chunk], document_ids=ids, cache=cache, last_only=True)
-    if not bool(logits.isfinite().all()):
-        raise ValueError(f"the logits are not finite in {weight.dtype}: try bfloat16 or float32, or check the weights")
 
     new: list[list[int]] = [[] for _ in prompts]
     rows = list(range(B))  # of `new`, for each row of the cache
     running = set(rows)
     for step in range(max_new_tokens):
         logits = logits[:, -1]
+        check_finite(logits, weight.dtype)
         if repetition_penalty != 1.0:
             logits = penalise_repetition(logits, seen, repetition_penalty)
         if temperature == 0:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from solar.model import KVCache, Transformer
+from solar.sampling import check_finite
 from solar.tokenizer import Tokenizer
 
 PADDING, PROMPT = -1, 0  # document ids
@@ -251,8 +252,9 @@ def continue_greedily(
     """The likeliest next id of each prompt, again and again: at most max_new_tokens of them, until on_token says stop.
 
     prompts: whole, `trunk` included. on_token(row, id) is called for each new id and returns whether the row ends with
-    it. Rows that have ended leave the batch once half of it has.
+    it. Rows that have ended leave the batch once half of it has. Raises ValueError for logits that are not finite.
     """
+    dtype = model.model.embed_tokens.weight.dtype
     start, B = trunk.length if trunk else 0, len(prompts)
     stems = [prompt[start:] for prompt in prompts]
     longest = max(map(len, stems))
@@ -265,6 +267,7 @@ def continue_greedily(
     rows = list(range(B))  # of `new`, for each row of the cache
     running = set(rows)
     for step in range(max_new_tokens):
+        check_finite(logits, dtype)
         chosen = logits.argmax(dim=-1)
         for row, token in zip(rows, chosen.tolist(), strict=True):
             if row in running:

@@ -44,10 +44,11 @@ class Join(NamedTuple):
 
 
 class Joins(NamedTuple):
-    """Every copy of a plan; and KL(base || plan), nats a token, of the whole."""
+    """Every copy of a plan; KL(base || plan), nats a token, of the whole; and the base's depth."""
 
     places: list[Join]
     kl: float
+    depth: int
 
     @property
     def seams(self) -> list[Join]:
@@ -100,7 +101,7 @@ def measure(
         for position, source in enumerate(plan)
         if source.init == "copy"
     ]
-    return Joins(places, mean(kls[-1]))
+    return Joins(places, mean(kls[-1]), len(layers))
 
 
 def _compare(here: Tensor, there: Tensor) -> tuple[float, float]:
@@ -119,23 +120,25 @@ def _kl(walk: Walk, truth: Tensor, x: Tensor) -> float:
 
 
 def table(joins: Joins) -> str:
-    """The seams and the whole, to be read."""
+    """The seams, what is left out at either end, and the whole, to be read."""
     lines = [f"{'seam at':>7}  {'from':>4} {'to':>4} {'jump':>5}  {'cosine':>7}  {'norm ratio':>10}  {'KL (nats)':>9}"]
     for seam in joins.seams:
         lines.append(
             f"{seam.position:>7}  {seam.layer - 1 - seam.jump:>4} {seam.layer:>4} {seam.jump:>+5}  {seam.cosine:7.4f}  "
             f"{seam.ratio:10.4f}  {seam.kl:9.4f}"
         )
+    first, last = (joins.places[0].layer, joins.places[-1].layer) if joins.places else (0, joins.depth - 1)
     if not joins.seams:
-        lines = ["no seam: every layer is fed by the one below it in the base"]
-    worst = min(joins.places, key=lambda place: place.cosine)
-    return "\n".join(
-        [
-            *lines,
-            f"lowest cosine {worst.cosine:.4f}, where position {worst.position} holds layer {worst.layer}",
-            f"KL of the whole plan's logits from the base's: {joins.kl:.4f} nats a token",
-        ]
-    )
+        which = "every layer but the first" if first > 0 else "every layer"
+        lines = [f"no seam: {which} is fed by the one below it in the base"]
+    if first > 0:
+        lines.append(f"begins with layer {first} of the base, which is fed the embedding")
+    if last < joins.depth - 1:
+        lines.append(f"ends with layer {last} of the base's 0-{joins.depth - 1}, whose output goes to the head")
+    if joins.places:
+        worst = min(joins.places, key=lambda place: place.cosine)
+        lines.append(f"lowest cosine {worst.cosine:.4f}, where position {worst.position} holds layer {worst.layer}")
+    return "\n".join([*lines, f"KL of the whole plan's logits from the base's: {joins.kl:.4f} nats a token"])
 
 
 def to_json(joins: Joins) -> dict:

@@ -186,7 +186,7 @@ class Tokenizer:
         tokenizer.json: equal to `tokenizers`, except that with byte fallback it turns a whole run of bytes into U+FFFD
         when one of them is bad; here the good characters remain.
         """
-        stream = StreamDecoder(self)
+        stream = StreamDecoder(self, strict=True)
         return "".join([stream.push(i) for i in ids]) + stream.flush()
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -210,25 +210,29 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Text as it is generated: O(1) per id, never half a character, the leading space exactly where `decode` has it.
+    """Text as a model makes it: O(1) per id, never half a character, the leading space exactly where `decode` has it.
 
     All pushes and the flush joined are `decode(prompt_ids + new)[len(decode(prompt_ids)):]`, as long as the prompt does
-    not end within a character (then the first push completes that character).
+    not end within a character (then the first push completes that character). An id behind the vocabulary stands for no
+    text, since a model whose embedding is padded may choose one; `strict` makes it the error that it is to `decode`.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Iterable[int] = ()):
-        self._tokenizer, self._at_start = tokenizer, True
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Iterable[int] = (), strict: bool = False):
+        self._tokenizer, self._strict, self._at_start = tokenizer, strict, True
         self._utf8 = codecs.getincrementaldecoder("utf-8")(tokenizer._errors)
         for i in prompt_ids:
             self.push(i)
 
     def push(self, token_id: int) -> str:
         """The text that this id completes; "" within a character."""
-        tok, piece = self._tokenizer, self._tokenizer.token_bytes(token_id)
+        tok, token_id = self._tokenizer, operator.index(token_id)
+        if token_id >= tok.vocab_size and not self._strict:
+            return ""
+        piece = tok.token_bytes(token_id)
         if not piece:  # to sentencepiece the bytes around a control token are not one character, to tokenizers they are
             return self.flush() if tok._sp else ""
         if self._at_start:
-            piece = piece[1:] if operator.index(token_id) in tok._drops else piece
+            piece = piece[1:] if token_id in tok._drops else piece
             self._at_start = tok._drops_all and not piece
         return self._utf8.decode(piece)
 

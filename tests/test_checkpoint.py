@@ -689,6 +689,22 @@ def test_a_dtype_that_is_asked_for(given, tmp_path):
     assert same(dict(load_model(tmp_path, dtype=given).state_dict()), expected)
 
 
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+def test_a_value_that_fp16_does_not_hold_is_named_on_the_way_in_and_out(stored, tmp_path):
+    tensors = tensors_of("llama_mha", stored)
+    tensors[NORM][3] = 1e5
+    write_single(tmp_path / "wide", CONFIG, tensors)
+    says = rf"^{NORM}: values up to \S+ do not fit torch\.float16; use bfloat16"
+    with pytest.raises(ValueError, match=says):
+        load_model(tmp_path / "wide", dtype="float16")
+    with pytest.raises(ValueError, match=says):
+        save_model(load_model(tmp_path / "wide"), tmp_path / "narrow", dtype="float16")
+    assert not (tmp_path / "narrow").exists()
+    tensors[NORM][3] = torch.inf  # is what it was
+    write_single(tmp_path / "wide", CONFIG, tensors)
+    assert load_model(tmp_path / "wide", dtype="float16").state_dict()[NORM][3] == torch.inf
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("threads", [1, 3])
 def test_a_cast_in_pieces_is_a_cast(layout, threads, tmp_path, monkeypatch):

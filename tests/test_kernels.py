@@ -230,6 +230,12 @@ def test_rmsnorm_is_its_formula(shape):
     for form in (rmsnorm_reference, rmsnorm_torch):
         torch.testing.assert_close(form(x, weight, EPS), expected, **NEAR[torch.float64])
         torch.testing.assert_close(form(x.float(), weight.float(), EPS), expected.float(), **NEAR[torch.float32])
+    gradients = []
+    for form in (rmsnorm_reference, rmsnorm_torch):
+        leaves = [t.clone().requires_grad_() for t in (x, weight)]
+        gradients.append(torch.autograd.grad(form(*leaves, EPS).square().sum(), leaves))
+    for mine, specified in zip(*reversed(gradients), strict=True):
+        torch.testing.assert_close(mine, specified, **NEAR[torch.float64])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES])
@@ -474,6 +480,9 @@ def test_label_logprobs_is_its_formula(form, dtype):
         logits = [float(x[n].double() @ row.double()) for row in weight]
         expected = 0.0 if label == -100 else logits[label] - math.log(sum(map(math.exp, logits)))
         assert float(got[n]) == pytest.approx(expected, abs=1e-5 if dtype == torch.float32 else 1e-12)
+    for label in (-5, len(weight)):
+        with pytest.raises((IndexError, RuntimeError)):
+            form(x, weight, labels.masked_fill(labels == labels[0], label))
     every = torch.stack([form(x, weight, torch.full((29,), label)) for label in range(13)])
     torch.testing.assert_close(every.exp().sum(0), torch.ones(29, dtype=dtype), **NEAR[dtype])
 

@@ -445,3 +445,31 @@ def test_the_whole_context_can_be_filled():
     for window in (None, 8):
         (new,) = generate(build(sliding_window=window), prompts_of(60), 4)
         assert len(new) == 4
+
+
+def overflowing() -> Transformer:
+    """An fp16 model that counts upwards, and whose logits behind token 10 are no longer finite."""
+    model = build()
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    model.model.norm.weight.data.fill_(1)
+    model.model.embed_tokens.weight.data[:31] = torch.eye(32)[:31]
+    model.lm_head.weight.data[1:32] = torch.eye(32)[:31]
+    model.lm_head.weight.data[11] *= 60_000
+    return model.half()
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "seed": 0, "top_k": 1}])
+@pytest.mark.parametrize("new", [8, 24])  # without and with what is prepared
+def test_logits_that_overflow_on_the_way_are_an_error(settings, new, monkeypatch):
+    monkeypatch.setattr(solar.sampling, "prepare", lambda *_: None) if new == 8 else None
+    made = []
+    with pytest.raises(ValueError, match=r"not finite in torch\.float16: try bfloat16"):
+        generate(overflowing(), [[7]], new, on_token=lambda _, token: made.append(token), **settings)
+    assert made == [8, 9, 10]
+
+
+def test_a_temperature_that_is_zero_in_fp32_takes_the_likeliest():
+    logits = torch.tensor([[0.0, 3.0, 2.9]])
+    for temperature in (1e-30, 1e-45, 1e-50, 5e-324):
+        assert choose_probabilities(logits, temperature).tolist() == [[0, 1, 0]]

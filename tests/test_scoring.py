@@ -223,3 +223,12 @@ def test_batch_size_and_sharing_change_no_choice_of_the_base(name, tmp_path):
                 metric = tasks.TASKS[name].metric
                 marks = [tasks.mark(metric, question, logps)["choice"] for logps in (mine, theirs)]
                 assert marks[0] == marks[1]
+
+
+def test_greedy_answers_that_overflow_are_an_error(tiny):
+    model = Transformer(tiny.config)
+    model.load_state_dict(tiny.state_dict())
+    (new,) = scoring.continue_greedily(model, [[5, 6]], 4, lambda row, token: False)
+    model.model.embed_tokens.weight.data[new[1]] = math.inf  # read in the third step only
+    with pytest.raises(ValueError, match=r"not finite in torch\.float32"):
+        scoring.continue_greedily(model, [[5, 6]], 4, lambda row, token: False)

@@ -132,6 +132,22 @@ def test_seams_are_what_hooks_on_the_grown_model_see(base, sample, text):
     assert found.seams[-1].kl == found.kl  # these plans end with the base's last layer
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("slices:4-12", ["begins with layer 4 of the base, which is fed the embedding"]),
+        ("slices:0-8", ["ends with layer 7 of the base's 0-11, whose output goes to the head"]),
+        ("slices:2-6,4-11", ["begins with layer 2", "ends with layer 10"]),
+        ("slices:0-6,4-12", []),
+    ],
+)
+def test_layers_that_are_left_out_at_either_end_are_told(base, sample, text, said):
+    printed = seams.table(seams.measure(base, parse_plan(text, 12), sample))
+    assert all(line in printed for line in said)
+    assert sum(word in printed for word in ("begins with", "ends with")) == len(said)
+    assert ("no seam: every layer is fed" in printed) == (text == "slices:0-8")
+
+
 def divergence(truth, logits, batch) -> float:
     p, q = (x[batch.real].double().log_softmax(-1) for x in (truth, logits))
     return F.kl_div(q, p, log_target=True, reduction="sum").item() / len(p)

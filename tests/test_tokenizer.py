@@ -150,6 +150,14 @@ def test_the_stream_never_splits_a_character(models):
     assert stream.flush() == "\ufffd\ufffd"
 
 
+def test_an_id_behind_the_vocabulary_stands_for_no_text(models):
+    tok = models["mistral"][1]
+    ids = tok.encode("an é")
+    padded = [tok.vocab_size, ids[0], tok.vocab_size + 63, *ids[1:]]
+    stream = StreamDecoder(tok, padded[:1])
+    assert "".join(map(stream.push, padded[1:])) == tok.decode(ids)
+
+
 def test_leading_spaces(models):
     tok = models["mistral"][1]
     space, a, byte_space = (tok.token_id(p) for p in ("▁", "▁a", "<0x20>"))
