@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -81,6 +80,7 @@ STAGES = {
 }  # fmt: skip
 MADE_BY = {"out/solar": "upscale", "out/pretrain/model": "pretrain", "out/sft/model": "sft"}  # a make target for each
 LENGTHS = ("max_steps", "max_tokens", "epochs")  # each says how long a run is; one of them is given
+WITHOUT_EFFECT = ("resume", "no_resume", "data_cache", "workers")  # on what is learned
 
 
 SHOWN = 2  # sequences that --show-batch prints
@@ -235,18 +235,18 @@ def train(options: Options, world: dist.World) -> None:
     select(options.kernels)
     reader = CheckpointReader(model_dir)
     check(options, reader, world)
+    trained = optim.choose_trainable(reader.config.tensor_shapes(), options.train, reader.path)
     say(cli.command_line(options, "options     "))
     compute = compute_dtype(options, world)
     tokenizer = Tokenizer(model_dir)
     batches = stage.batches(Job(options, reader, tokenizer, compute))
-    for line in batches.describe():
+    steps = length(options, batches)
+    for line in batches.describe(steps * options.batch_size):
         say(f"data        {line}")
     if options.show_batch:
         say(packed.show(batches.batch(0), tokenizer, SHOWN, *[packed.COLOURED] * sys.stdout.isatty()))
         return
-    steps = length(options, batches)
     with dist.alone_in(out, world):
-        model, optimizer = build(options, reader, compute, world, say)
         record = {
             "step": 0,
             stage.unit: 0,
@@ -262,12 +262,17 @@ def train(options: Options, world: dist.World) -> None:
             out / "checkpoints", options.keep, world.rank, world.size, world.background, reader.config, model_dir,
             options.on_save_error,
         )  # fmt: skip
-        if found := find_checkpoint(options, snapshots, world):
-            record = resume(found, model, optimizer, record, steps, say)
+        found = find_checkpoint(options, snapshots, world)
+        if found:
+            record = resume(found, record, steps, say)
+        model, optimizer = build(options, reader, trained, compute, world, say, weights=not found)
+        if found:
+            restore.load(found, model, optimizer, verified=True)
         if world.rank == 0:
             (out / "options.json").write_text(json.dumps(record["options"], indent=2) + "\n", encoding="utf-8")
         with contextlib.closing(snapshots):
-            record = loop(options, reader, batches, model, optimizer, record, steps, snapshots, world, say)
+            flops = reader.config.training_flops(options.sequence_length, trained)
+            record, signalled = loop(options, flops, batches, model, optimizer, record, steps, snapshots, world, say)
         last = snapshots.written or found
         if last is None or read_manifest(last)["step"] != record["step"]:
             raise OSError(
@@ -275,22 +280,23 @@ def train(options: Options, world: dist.World) -> None:
             )
         if record["step"] < steps:
             say(f"stopped after step {record['step']} of {steps}, which is saved; the same command goes on from there")
-            sys.exit(128 + signal.SIGTERM)
+            sys.exit(128 + signalled)
         if world.rank == 0:
             restore.export(last, out / "model", dtype=reader.dtype, force=True)
         dist.wait_for_all(world)
     say(out / "model")
 
 
-def loop(options: Options, reader, batches, model, optimizer, record: dict, steps: int, snapshots, world, say) -> dict:
-    """The steps from where the record stands, with what they print, log, evaluate and save. Returns the last record."""
+def loop(
+    options: Options, flops: int, batches, model, optimizer, record: dict, steps: int, snapshots, world, say
+) -> tuple[dict, int]:
+    """The steps from where the record stands, with what they print, log, evaluate and save.
+
+    flops: operations for a token. Returns the last record, and the signal that has ended the run if one has.
+    """
     stage, out, say = STAGES[options.stage], Path(options.out), cli.unheard(say)
     objective = partial(stage.objective, **{name: getattr(options, name) for name in stage.settings})
     log = MetricsLog(out / "metrics.jsonl", after_step=record["step"]) if world.rank == 0 else None
-    meter = Meter(
-        reader.config, options.batch_size, options.sequence_length, stage.unit, record["step"], steps, world.device,
-        world.size, compute_dtype(options, world),
-    )  # fmt: skip
 
     def evaluate_after(step: int) -> None:
         results = evaluate(model, objective, batches, options, world)
@@ -314,6 +320,10 @@ def loop(options: Options, reader, batches, model, optimizer, record: dict, step
     # Before the first step, and where a run was stopped, which leaves it no time to evaluate.
     if evaluates(record["step"]) and not dist.from_all_ranks(record["step"] in evaluated, world)[0]:
         evaluate_after(record["step"])
+    meter = Meter(
+        options.batch_size * options.sequence_length, flops, stage.unit, record["step"], steps, world.device,
+        world.size, compute_dtype(options, world),
+    )  # fmt: skip
     stop, skipped = cli.Interruption(), 0
     upcoming = batches.steps(record["step"], steps, world.rank, world.size, micro_batch_size(options, world))
     with contextlib.closing(upcoming):
@@ -338,7 +348,7 @@ def loop(options: Options, reader, batches, model, optimizer, record: dict, step
                 break
             meter.lap()
         snapshots.wait()
-    return record
+    return record, stop.number
 
 
 def check(options: Options, reader: CheckpointReader, world: dist.World) -> None:
@@ -381,6 +391,11 @@ def check(options: Options, reader: CheckpointReader, world: dist.World) -> None
             f"--batch-size {options.batch_size} cannot be shared out in {asked}{world.size} ranks: it must be a "
             f"multiple of {micro_batch_size(options, world) * world.size}"
         )
+    if (Path(options.out) / "config.json").exists():
+        raise FileExistsError(
+            f"--out {options.out} is a model, and training leaves a folder with checkpoints, metrics and a model: "
+            "give another directory"
+        )
     cli.check_output(Path(options.out) / "model", force=True)  # now, and not when everything has been trained
     if options.cpu_offload and world.device.type == "cpu":
         raise ValueError("--cpu-offload: without a GPU everything is in the CPU's memory already; leave it out")
@@ -400,21 +415,28 @@ def micro_batch_size(options: Options, world: dist.World) -> int:
 
 
 def build(
-    options: Options, reader: CheckpointReader, compute: torch.dtype, world: dist.World, say
-) -> tuple[Transformer, torch.optim.Optimizer]:
-    """The sharded model with its weights, and its optimizer. Says what is trained and in which types."""
+    options: Options, reader: CheckpointReader, trained: set[str], compute: torch.dtype, world: dist.World, say,
+    weights: bool,
+) -> tuple[Transformer, torch.optim.Optimizer]:  # fmt: skip
+    """The sharded model, with the weights of the reader unless they come from a checkpoint, and its optimizer.
+
+    Says what is trained and in which types.
+    """
     with torch.device("meta"):
         model = Transformer(reader.config).to(parse_dtype(options.param_dtype))
-    trainable = optim.choose_trainable(model, options.train, reader.path)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
     dist.shard(model, world, compute, options.recompute, options.compile, options.cpu_offload)
-    dist.load_weights(model, reader, world)
+    if weights:
+        dist.load_weights(model, reader, world)
     optimizer = optim.build_optimizer(
         model, options.weight_decay, tuple(options.betas), parse_dtype(options.optimizer_dtype),
         seed=options.seed * world.shards + world.shard,
     )  # fmt: skip
     count = reader.config.num_parameters()
+    learning = sum(math.prod(shape) for name, shape in reader.config.tensor_shapes().items() if name in trained)
     say(f"model       {reader.path}: {reader.config.num_hidden_layers} layers, {count:,} parameters")
-    say(f"training    {trainable:,} of them, {count - trainable:,} frozen (--train {options.train})")
+    say(f"training    {learning:,} of them, {count - learning:,} frozen (--train {options.train})")
     say(
         f"memory      weights {options.param_dtype}, moments {options.optimizer_dtype}, computed in {str(compute)[6:]} "
         f"on {world.size} x {world.device.type}"
@@ -446,8 +468,8 @@ def find_checkpoint(options: Options, snapshots: snapshot.Snapshots, world: dist
     return Path(options.resume)
 
 
-def resume(found: Path, model: Transformer, optimizer: torch.optim.Optimizer, record: dict, steps: int, say) -> dict:
-    """Fill model and optimizer from a checkpoint and return its record. ValueError if it belongs to another run."""
+def resume(found: Path, record: dict, steps: int, say) -> dict:
+    """The record of a checkpoint, from which this run goes on. ValueError if it belongs to another run."""
     saved = read_manifest(found)["record"]
     for what, value in record["identity"].items():
         if saved["identity"].get(what) != value:
@@ -458,10 +480,12 @@ def resume(found: Path, model: Transformer, optimizer: torch.optim.Optimizer, re
     if saved["step"] > steps:
         length = next(name for name in LENGTHS if record["options"][name] is not None).replace("_", "-")
         raise ValueError(f"{found} is after step {saved['step']}, the run ends with step {steps}: give more --{length}")
-    restore.load(found, model, optimizer, verified=True)
+    if saved["step"] == steps:
+        say(f"finished    {found} is after step {steps}, the last: nothing is left to train; a longer run would go on")
+        return saved
     say(f"resuming    {found}, after step {saved['step']}")
     for name, value in record["options"].items():
-        if name not in ("resume", "no_resume") and saved["options"].get(name) != value:
+        if name not in WITHOUT_EFFECT and saved["options"].get(name) != value:
             say(f"note: --{name.replace('_', '-')} was {saved['options'].get(name)}, now it is {value}")
     return saved | {"options": record["options"]}
 

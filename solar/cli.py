@@ -158,7 +158,7 @@ class Interruption:
     """
 
     def __init__(self):
-        self.asked = False
+        self.asked, self.number = False, signal.SIGTERM  # which another rank may have been sent
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._ask)
@@ -171,7 +171,7 @@ class Interruption:
         if self.asked and time.monotonic() - self.when > 1:
             os._exit(128 + number)
         if not self.asked:
-            self.asked, self.when = True, time.monotonic()
+            self.asked, self.number, self.when = True, number, time.monotonic()
             unheard(print)("stopping after this step; once more to stop at once", file=sys.stderr, flush=True)
 
 

@@ -10,12 +10,18 @@ Shapes: D hidden, F intermediate, H query heads, K kv heads, E head_dim, V vocab
 
 import math
 import warnings
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from solar.jsonfile import brief, plain
 
 MODEL_TYPES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
+# A layer's parameters in the order in which the forward pass comes to them.
+ORDER = {
+    "input_layernorm": 0, "q_proj": 1, "k_proj": 1, "v_proj": 1, "o_proj": 2, "post_attention_layernorm": 3,
+    "gate_proj": 4, "up_proj": 4, "down_proj": 5,
+}  # fmt: skip
 MAX_LAYERS = 10_000  # a config that asks for more is broken, and would fill the memory with names alone
 
 # Keys of config.json that say nothing about the forward pass, or nothing that the tensors do not say themselves.
@@ -297,16 +303,33 @@ class ModelConfig:
     def num_parameters(self) -> int:
         return sum(math.prod(shape) for shape in self.tensor_shapes().values())
 
-    def training_flops(self, sequence_length: int) -> int:
+    def training_flops(self, sequence_length: int, trained: Iterable[str] | None = None) -> int:
         """Operations for one token of training, forward and backward, in sequences of that many tokens.
 
         The convention of arXiv:2204.02311, appendix B: 6 for each parameter that takes part in a product (not those of
         the embedding table, which is looked up), and 12 L H E T for the attention, not halved for causality.
+        trained: names of the parameters that learn, if not all do. What is frozen has no gradient of its own: 4 for
+        each parameter; and below the first that learns nothing is propagated: 2, and 4 H E T.
         """
-        head = self.vocab_size * self.hidden_size
-        parameters = self.num_parameters() - (0 if self.tie_word_embeddings else head)
-        attention = self.num_hidden_layers * self.num_attention_heads * self.head_dim * sequence_length
-        return 6 * parameters + 12 * attention
+        L, table = self.num_hidden_layers, "model.embed_tokens.weight"
+        sizes = {name: math.prod(shape) for name, shape in self.tensor_shapes().items()}
+
+        def place(name: str) -> tuple[int, int]:
+            """Where the forward pass multiplies by it."""
+            if not name.startswith("model.layers."):
+                return L, int(name != "model.norm.weight")
+            _, _, layer, *_, part, _ = name.split(".")
+            return int(layer), ORDER[part]
+
+        learns = set(sizes if trained is None else trained)
+        first = min((-1, 0) if name == table else place(name) for name in learns)
+        products = {name: size for name, size in sizes.items() if name != table or self.tie_word_embeddings}
+        forward = sum(products.values())
+        of_inputs = sum(size for name, size in products.items() if place(name) > first)
+        of_weights = sum(size for name, size in products.items() if name in learns)
+        attentions = L + 2 * sum((layer, ORDER["q_proj"]) >= first for layer in range(L))  # forward, and twice backward
+        attention = 4 * self.num_attention_heads * self.head_dim * sequence_length
+        return 2 * (forward + of_inputs + of_weights) + attention * attentions
 
 
 def _warn_of_unknown(where: str, keys: list[str]) -> None:

@@ -307,7 +307,7 @@ def _json_text(line: bytes) -> bytes:
     if not isinstance(row, dict):
         raise ValueError("JSON, but no object")
     if not isinstance(row.get("text"), str):
-        raise ValueError('an object without a string "text"')
+        raise ValueError('an object without a string "text" (questions and answers are for --stage sft)')
     try:
         return row["text"].encode()
     except UnicodeEncodeError:

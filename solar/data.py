@@ -73,9 +73,9 @@ class Batches:
         """Rows in one pass over the data. Sources with weights of their own do not end together: it is their sum."""
         return sum(self.sizes)
 
-    def describe(self) -> list[str]:
-        """Lines that say what there is to learn from, and what was left out and why."""
-        return []
+    def describe(self, rows: int) -> list[str]:
+        """Lines that say what there is, how much of it a run of so many rows sees, and what was left out and why."""
+        raise NotImplementedError
 
     def identity(self) -> dict:
         """What must not change when a run goes on, for its steps to see the samples that they would have seen."""
@@ -166,8 +166,11 @@ class TokenBatches(Batches):
     document_mask also document_ids, which count up along a row, and the first token of a document is not learned, since
     it sees nothing before it.
 
-    sources, directories: what `parse_source` and `prepare` gave. Raises ValueError for a source given twice, or without
-    a window.
+    Sources with weights have their shares of the windows that are drawn; without, each has as many as it holds, and
+    an epoch sees every window once, but for what the period of the pattern rounds.
+
+    sources, directories: what `parse_source` and `prepare` gave. Raises ValueError for a source given twice, for one
+    without a window, and if some have a weight and others have none.
     """
 
     def __init__(
@@ -181,6 +184,7 @@ class TokenBatches(Batches):
         document_mask: bool = False,
     ):
         names = check_sources(sources)
+        self.weighted = sources[0].weight is not None
         self.sources, self.sequence_length, self.document_mask = sources, sequence_length, document_mask
         self.train, self.held_out = (
             [Tokens(directory, split, vocab_size) for directory in directories] for split in SPLITS
@@ -192,11 +196,22 @@ class TokenBatches(Batches):
                     f"{source.path} has {len(tokens)} tokens to train on, fewer than a sequence of {sequence_length}: "
                     "give more text, or a lower --sequence-length"
                 )
-        super().__init__(names, self.windows, [source.share for source in sources], batch_size, seed)
+        shares = [source.share for source in sources] if self.weighted else self.windows
+        super().__init__(names, self.windows, shares, batch_size, seed)
+
+    def describe(self, rows: int) -> list[str]:
+        lines = []
+        for k, name in enumerate(self.names):
+            share, tokens = self._slots[k] / PERIOD, len(self.train[k])
+            lines.append(
+                f"{name}: {tokens:,} tokens to train on, {len(self.held_out[k]):,} held out; {self.windows[k]:,} "
+                f"sequences, {share:.1%} of those drawn, {share * rows / self.windows[k]:.2f} passes"
+            )
+        return lines
 
     def identity(self) -> dict:
         data = [
-            f"{Path(source.path).name} {tokens.manifest.content()} x {source.share:g}"
+            f"{Path(source.path).name} {tokens.manifest.content()}" + self.weighted * f" x {source.share:g}"
             for source, tokens in zip(self.sources, self.train, strict=True)
         ]
         return {
@@ -234,10 +249,17 @@ class TokenBatches(Batches):
 
 
 def check_sources(sources: Sequence[Source]) -> list[str]:
-    """The paths of the sources. Raises ValueError if one is given twice."""
-    names = [source.path for source in sources]
-    if twice := {name for name in names if names.count(name) > 1}:
+    """The paths of the sources. Raises ValueError if one is given twice, or if some but not all have a weight."""
+    names, places = [source.path for source in sources], [Path(source.path).resolve() for source in sources]
+    if twice := [name for name, place in zip(names, places, strict=True) if places.count(place) > 1]:
         raise ValueError(f"{min(twice)} is given twice; give it once, with the sum of the weights")
+    bare = [source.path for source in sources if source.weight is None]
+    if bare and len(bare) < len(sources):
+        weighted = next(source.path for source in sources if source.weight is not None)
+        raise ValueError(
+            f"{weighted} has a weight and {bare[0]} has none: give a weight to every source, for shares of the rows, "
+            "or to none, to see all of each once an epoch"
+        )
     return names
 
 

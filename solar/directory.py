@@ -118,6 +118,7 @@ class CheckpointReader:
         except (ValueError, TypeError) as error:
             raise ValueError(f"{config_file}: {error}") from None
 
+        self._fingerprints: dict[bool, str] = {}
         self._problems: list[str] = []
         self._unread = 0  # files; what they hold is not known, so neither is what is missing
         self.files = self._read_index(index) if isinstance(index, Path) else dict.fromkeys(index)
@@ -138,6 +139,8 @@ class CheckpointReader:
     def fingerprint(self, whole: bool = False) -> str:
         """16 hexadecimal digits that tell models apart: of the config and of eight places in every tensor, or of every
         byte, which takes as long as reading the files."""
+        if whole in self._fingerprints:
+            return self._fingerprints[whole]
         digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
         for name in sorted(self.weights):
             stored = self.weights[name].stored
@@ -147,7 +150,8 @@ class CheckpointReader:
             samples = (stored.read(at, min(at + FINGERPRINTED, stored.numel)) for at in places)
             for part in stored.chunks() if whole else samples:
                 digest.update(part)
-        return digest.hexdigest()[:16]
+        self._fingerprints[whole] = digest.hexdigest()[:16]
+        return self._fingerprints[whole]
 
     @contextlib.contextmanager
     def unchanged(self) -> Iterator[None]:

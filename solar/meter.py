@@ -13,7 +13,6 @@ from typing import Protocol
 import torch
 
 from solar import cli
-from solar.config import ModelConfig
 
 PROBED = 0.3  # seconds
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes
@@ -29,16 +28,16 @@ class StepOutcome(Protocol):
 
 
 class Meter:
-    """Times the steps of a run that goes from step `first` to step `steps`, each of batch_size rows of `length` tokens.
+    """Times the steps of a run that goes from step `first` to step `steps`, each of so many tokens, padding included.
 
-    unit: what a step's count counts, "tokens" or "pairs". devices: how many like `device` work side by side.
+    flops: operations for one of them (`ModelConfig.training_flops`). unit: what a step's count counts, "tokens" or
+    "pairs". devices: how many like `device` work side by side.
     """
 
     def __init__(
         self,
-        config: ModelConfig,
-        batch_size: int,
-        length: int,
+        tokens: int,
+        flops: int,
         unit: str,
         first: int,
         steps: int,
@@ -46,8 +45,7 @@ class Meter:
         devices: int,
         compute: torch.dtype,
     ):
-        self.tokens, self.unit = batch_size * length, unit
-        self.flops = self.tokens * config.training_flops(length)
+        self.tokens, self.unit, self.flops = tokens, unit, tokens * flops
         self.device, self.steps, self.first = device, steps, first
         self.peak = devices * matrix_rate(device, compute)
         self.start = self.before = time.monotonic()

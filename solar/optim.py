@@ -3,7 +3,8 @@
 Memory a parameter, with its gradient: 16 bytes with all of it in fp32; 12 with both moments in bf16; 8 with weights
 and gradients in bf16 as well. Weights and moments in bf16 are computed in fp32 and rounded stochastically: an update
 smaller than half a bf16 step (a relative 2^-9) would otherwise be lost every time instead of most times, and a second
-moment that forgets 5% a step would be stuck where it is. (A gradient in bf16 is rounded to nearest.)
+moment that forgets 5% a step would be stuck where it is. (A gradient in bf16 is rounded to nearest, with each
+micro-batch that is added to it: its error grows with the root of their number, 0.3% at 8 and 0.8% at 64.)
 """
 
 import math
@@ -27,24 +28,24 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str
     floor * peak at the end (arXiv:1608.03983); `wsd`, warm-up, stable, decay (arXiv:2404.06395), stays until the last
     `decay` share of the steps and falls linearly from there: a run can be continued from its stable part.
     """
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    if schedule == "cosine":
+    rising = (step + 1) / warmup if step < warmup else 1.0
+    if schedule == "cosine" and step >= warmup:
         share = (step - warmup + 1) / max(steps - warmup, 1)
         return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share)))
     if schedule == "wsd":
         falling = max(round(decay * steps), 1)
         share = max(step + 1 - (steps - falling), 0) / falling
-        return peak * (1 - (1 - floor) * share)
-    return peak
+        return peak * min(rising, 1 - (1 - floor) * share)
+    return peak * rising
 
 
-def choose_trainable(model: nn.Module, choice: str, model_dir: Path) -> int:
-    """Freeze all parameters but the chosen ones; returns how many numbers those hold.
+def choose_trainable(names: Iterable[str], choice: str, model_dir: Path) -> set[str]:
+    """Which of a model's parameters learn: "all", "new", or those in whose names a regular expression finds something.
 
     "new" takes the layers that up-scaling added and nothing else, neither embeddings nor norms of the base: LLaMA Pro's
     recipe (arXiv:2401.02415, section 3.3). Raises ValueError if nothing is left to train.
     """
+    names = list(names)
     if choice == "new":
         record = model_dir / "upscale.json"
         if not record.is_file():
@@ -61,12 +62,10 @@ def choose_trainable(model: nn.Module, choice: str, model_dir: Path) -> int:
         except re.error as error:
             raise ValueError(f"--train {choice}: not all, not new, and no regular expression: {error}") from None
         chosen = lambda name: pattern.search(name) is not None
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(chosen(name))
-    count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    if not count:
-        raise ValueError(f"--train {choice}: no parameter is left to train; names look like {name}")
-    return count
+    trained = {name for name in names if chosen(name)}
+    if not trained:
+        raise ValueError(f"--train {choice}: no parameter is left to train; names look like {names[-1]}")
+    return trained
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:

@@ -78,13 +78,7 @@ class ChatBatches(Batches):
         pack_rows: bool = True,
     ):
         names = check_sources(sources)
-        weighted = [source.path for source in sources if source.weight is not None]
-        if weighted and len(weighted) < len(sources):
-            bare = next(source.path for source in sources if source.weight is None)
-            raise ValueError(
-                f"{weighted[0]} has a weight and {bare} has none: give a weight to every source, for shares of the "
-                "rows, or to none, to see every example once an epoch"
-            )
+        weighted = sources[0].weight is not None
         self.sources, self.sequence_length, self.pack_rows = sources, sequence_length, pack_rows
         self.examples = {
             split: [self.kind(directory, split, vocab_size) for directory in directories] for split in SPLITS
@@ -93,7 +87,7 @@ class ChatBatches(Batches):
             if not len(examples):
                 raise ValueError(f"{source.path} has no {self.unit} to train on; {'; '.join(examples.tally().lines())}")
         everything = range(len(sources))
-        self.weighted, self._seed = bool(weighted), seed
+        self.weighted, self._seed = weighted, seed
         self.train = [self._pack("train", [k] if weighted else everything) for k in (everything if weighted else [0])]
         self.held_out = [self._pack("heldout", [k]) for k in everything]
         shares = [source.share for source in sources] if weighted else [1.0]
@@ -143,8 +137,7 @@ class ChatBatches(Batches):
     def _batch(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         return collate([self._conversations(row) for row in rows], self.sequence_length)
 
-    def describe(self) -> list[str]:
-        """Lines that say what there is to learn from, and what was left out and why."""
+    def describe(self, rows: int) -> list[str]:
         lines = []
         for k, source in enumerate(self.sources):
             train, held_out = (self.examples[split][k] for split in SPLITS)
@@ -159,9 +152,11 @@ class ChatBatches(Batches):
             lines += [f"{source.path}: {line}" for line in tally.lines()]
             for path, skipped in train.manifest.skipped.items():
                 lines += [f"{path}: skipped, {line}" for line in skipped.lines()]
-        rows, tokens = sum(map(len, self.train)), sum(rows.tokens for rows in self.train)
-        filled = tokens / (rows * self.sequence_length)
-        lines.append(f"{rows:,} rows of {self.sequence_length:,} tokens in an epoch, {filled:.1%} filled")
+        filled = sum(source.tokens for source in self.train) / (self.epoch_rows * self.sequence_length)
+        lines.append(
+            f"{self.epoch_rows:,} rows of {self.sequence_length:,} tokens in an epoch, {filled:.1%} filled; "
+            f"{rows / self.epoch_rows:.2f} epochs"
+        )
         return lines
 
 

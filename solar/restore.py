@@ -59,7 +59,7 @@ def load(
     _check_same_model(step_dir, metadata, state, trained=options.keys())
 
     moments: dict[str, dict[str, Tensor]] = {}
-    for full_name in metadata.state_dict_metadata.keys() - state.keys():
+    for full_name in sorted(metadata.state_dict_metadata.keys() - state.keys()):
         name, _, key = full_name.removeprefix("optimizer.").rpartition(".")
         parameter, (shape, dtype) = parameters[name], _shape_and_dtype(metadata, full_name)
         if key == "step":  # torch wants it beside the parameter only where a kernel reads it

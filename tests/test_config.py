@@ -2,14 +2,19 @@
 
 import json
 import math
+import re
 import warnings
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
+import kernels
 from solar.config import LLAMA_2_7B, MISTRAL_7B, SOLAR_10_7B, TINY, ModelConfig, RopeScaling
+from solar.model import Transformer
 from tests.golden import tiny
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -395,3 +400,30 @@ def test_from_hf_takes_anything_and_raises_nothing_but_value_error(base, change)
 def test_from_mistral_takes_anything_and_raises_nothing_but_value_error(base, change):
     config, refusal = read_quietly(ModelConfig.from_mistral, base | change)
     assert refusal.startswith(("params: ", "config: ")) if config is None else config.model_type == "mistral"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "trained", [r"", r"layers\.2\.", r"layers\.[13]\.", r"lm_head", r"layers\.1\.mlp", r"embed_tokens", r"model\.norm"]
+)
+def test_training_flops_are_those_that_autograd_does(tied, trained):
+    config = ModelConfig(
+        model_type="llama", vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=64, tie_word_embeddings=tied,
+    )  # fmt: skip
+    names = [name for name in config.tensor_shapes() if re.search(trained, name)]
+    if not names:  # a tied model has no lm_head
+        pytest.skip("nothing of that name")
+    model = Transformer(config)
+    model.init_weights(0)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in names)
+    ids = torch.randint(0, 512, (1, 64))
+    before = kernels.select("reference")
+    try:
+        with FlopCounterMode(display=False) as counted:
+            model(ids, labels=ids).sum().backward()
+    finally:
+        kernels.select(before)
+    assert config.training_flops(64, names) == pytest.approx(counted.get_total_flops() / 64, rel=0.04)
+    assert config.training_flops(64) == config.training_flops(64, config.tensor_shapes())

@@ -160,7 +160,7 @@ def test_what_fails_in_the_thread_is_raised_at_its_step(batches, monkeypatch):
 @pytest.mark.parametrize("document_mask", [False, True])
 def test_held_out_tokens_are_counted_once(batch_size, world, document_mask, write, make):
     folder = write({f"{i}.txt": f"text number {i}" for i in range(60)})
-    sources = [Source(str(folder), 2), Source(str(write({"a": "some text"}, "all"))), Source("problems", 1, 10)]
+    sources = [Source(str(folder), 2), Source(str(write({"a": "some text"}, "all")), 1), Source("problems", 1, 10)]
     made = [make(source.path, share, source.limit) for source, share in zip(sources, (0.3, 0.0, 0.1), strict=True)]
     it = TokenBatches(sources, made, 258, 8, 4, 0, document_mask)
     ranks = [dict(it.heldout(batch_size, rank, world)) for rank in range(world)]
@@ -178,6 +178,30 @@ def test_held_out_tokens_are_counted_once(batch_size, world, document_mask, writ
     assert [bool((row != -100).any()) for batch in limited for row in batch["labels"]] == [True] * 3 + [False]
 
 
+def test_without_weights_every_window_is_seen_once_an_epoch(write, make):
+    big, small = write({"a": "some longer text " * 60}, "big"), write({"a": "a short text " * 20}, "small")
+    sources = [Source(str(big)), Source(str(small))]
+    it = TokenBatches(sources, [make(source.path) for source in sources], 258, 8, 4, 0)
+    assert it.windows == [145, 37]
+    seen = [row for step in range(46) for row in it.rows(step)][: sum(it.windows)]
+    for source, count in enumerate(it.windows):
+        mine = [row for k, row in seen if k == source]
+        assert abs(len(mine) - count) <= 1  # 37 of 182 are 208.2 of 1,024
+        assert len({*mine}) == min(len(mine), count)
+    assert it.describe(2 * sum(it.windows)) == [
+        f"{big}: {len(it.train[0]):,} tokens to train on, 0 held out; 145 sequences, 79.7% of those drawn, 2.00 passes",
+        f"{small}: {len(it.train[1])} tokens to train on, 0 held out; 37 sequences, 20.3% of those drawn, 2.00 passes",
+    ]
+    with pytest.raises(ValueError, match=r"big has a weight and .*small has none: give a weight to every source"):
+        TokenBatches([Source(str(big), 1.0), Source(str(small))], [], 258, 8, 4, 0)
+
+
+def test_a_source_given_twice_is_seen_through_its_spelling(write):
+    place = write({"a": "text"}, "one")
+    with pytest.raises(ValueError, match="is given twice"):
+        data.check_sources([Source(str(place), 1.0), Source(f"{place}/../one", 2.0)])
+
+
 def test_identity(batches, write, make):
     identity = batches().identity()
     assert json.loads(json.dumps(identity)) == identity
@@ -191,7 +215,7 @@ def test_identity(batches, write, make):
     assert other.identity()["data"][0] != identity["data"][0]
     assert other.identity()["data"][0].endswith(" x 3")
     bare = TokenBatches([Source(source.path)], [make(source.path)], 258, 8, 12, 5)
-    assert bare.identity()["data"][0].endswith(" x 1")
+    assert bare.identity()["data"][0] == other.identity()["data"][0].removesuffix(" x 3")
 
 
 def test_too_little_text_and_a_source_given_twice(write, make):

@@ -46,6 +46,13 @@ def test_a_rate_is_always_positive_and_never_above_the_peak(schedule, steps, war
     assert all(0 < rate <= 2.0 for rate in rates(schedule, steps, warmup))
 
 
+@given(st.integers(2, 60), st.integers(1, 60), st.floats(0.05, 1))
+def test_wsd_that_falls_before_it_has_risen_does_not_jump(steps, warmup, decay):
+    curve = [learning_rate(step, steps, 2.0, warmup, "wsd", 0.1, decay) for step in range(steps)]
+    steepest = max(2.0 / warmup, 2.0 * 0.9 / max(round(decay * steps), 1))
+    assert all(abs(a - b) <= steepest + 1e-12 for a, b in itertools.pairwise(curve))
+
+
 def test_only_matrices_decay():
     model = Transformer(CONFIG)
     decayed, kept = parameter_groups(model, 0.1)

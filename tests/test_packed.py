@@ -225,14 +225,14 @@ def test_nothing_to_train_on_is_an_error(batches):
 def test_what_there_is_is_described(batches):
     bad = {"prompt": "word " * 400, "response": "x"}
     it = batches([[*CHATS, bad], CHATS[:20]], holdout=0.2)
-    lines = it.describe()
+    lines = it.describe(3 * it.epoch_rows)
     train, held_out = (len(it.examples[split][0]) for split in ("train", "heldout"))
     assert f"0.jsonl: {train} examples to train on, {held_out} held out; " in lines[0]
     assert "0.jsonl: dropped, longer than 320 tokens: 1 (first: " in lines[1]
     assert "1.jsonl: " in lines[2]
     tokens = sum(examples.lengths().sum() for examples in it.examples["train"])
     share = tokens / (it.epoch_rows * T)
-    assert lines[3] == f"{it.epoch_rows} rows of 320 tokens in an epoch, {share:.1%} filled"
+    assert lines[3] == f"{it.epoch_rows} rows of 320 tokens in an epoch, {share:.1%} filled; 3.00 epochs"
 
 
 def test_a_batch_is_shown(batches, tokenizer):

@@ -27,6 +27,7 @@ from tests.training import (
     interrupted_after,
     launch,
     losses,
+    signal_after,
     signals_kept,
     started,
     weights,
@@ -174,6 +175,37 @@ def test_three_generations_of_a_run_are_one_run_bit_for_bit(options, changed):
     train.run(parts)
     assert losses(parts) == losses(whole)
     assert_same_weights(parts, whole)
+
+
+def test_a_run_that_has_ended_says_so_and_changes_nothing(options, capsys):
+    run = options(max_steps=2)
+    train.run(run)
+    before = {path: path.stat().st_mtime_ns for path in Path(run.out).glob("checkpoints/*/*")}
+    capsys.readouterr()
+    train.run(options(max_steps=2, warmup_steps=100, clip=0.5))
+    printed = capsys.readouterr().out
+    assert "step-00000002 is after step 2, the last: nothing is left to train" in printed
+    assert "note:" not in printed
+    assert "resuming" not in printed
+    assert json.loads((Path(run.out) / "options.json").read_text())["warmup_steps"] == run.warmup_steps
+    assert {path: path.stat().st_mtime_ns for path in Path(run.out).glob("checkpoints/*/*")} == before
+
+
+def test_a_run_that_goes_on_does_not_read_the_base_and_refuses_another_before_it_builds_one(options, monkeypatch):
+    with interrupted_after(2), pytest.raises(SystemExit):
+        train.run(options(max_steps=4))
+    monkeypatch.setattr(train.dist, "load_weights", lambda *_: pytest.fail("the weights are in the checkpoint"))
+    train.run(options(max_steps=4))
+    monkeypatch.setattr(train, "build", lambda *_, **__: pytest.fail("it is of another run"))
+    with pytest.raises(ValueError, match="was trained with seed 0, now it is 1"):
+        train.run(options(max_steps=6, seed=1))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_the_exit_code_says_which_signal_it_was(options, number, code):
+    with signal_after(number, 2), pytest.raises(SystemExit) as stopped:
+        train.run(options(max_steps=4))
+    assert stopped.value.code == code
 
 
 @pytest.mark.slow
@@ -484,11 +516,12 @@ def test_a_disk_that_is_full_for_one_save(options, monkeypatch, capsys, policy):
         ({"max_steps": 0}, r"--max-steps 0: at least 1"),
         ({"cpu_offload": True}, r"--cpu-offload: without a GPU"),
         ({"resume": "nowhere"}, r"nowhere.*no manifest.json"),
+        ({"out": ROOT / "solar/assets/base"}, r"--out \S+/base is a model, and training leaves a folder with"),
     ],
     ids=str,
 )
 def test_bad_input_is_one_clear_line(options, changed, message):
-    with pytest.raises((ValueError, FileNotFoundError), match=message) as raised:
+    with pytest.raises((ValueError, FileNotFoundError, FileExistsError), match=message) as raised:
         train.run(options(**changed))
     assert "\n" not in str(raised.value)
 
