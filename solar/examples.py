@@ -28,7 +28,7 @@ from solar.tally import Tally
 from solar.tokenizer import TEMPLATES, Tokenizer, encode_chat
 from solar.tokens import Tokens
 
-CHATS, PAIRS = "solar chats, version 2", "solar preference pairs, version 2"
+CHATS, PAIRS = "solar chats, version 3", "solar preference pairs, version 3"
 TOO_LONG = ("drop", "truncate")
 LEARNED = "tokens are learned"  # in a tally
 

@@ -82,12 +82,13 @@ def test_rows_to_learn_from(row, chat):
         ({"instruction": "Add."}, "no answer"),
         ({"instruction": "Add.", "output": ""}, "an empty answer"),
         ({"instruction": "Add.", "output": " \n"}, "an empty answer"),
-        ({"instruction": "", "output": "3"}, "an empty user message"),
+        ({"instruction": "", "output": "3"}, "an empty question"),
         ({"instruction": "Add.", "output": 3}, "'output' is no string"),
-        ({"instruction": None, "output": "3"}, "'instruction' is no string"),
+        ({"instruction": None, "output": "3"}, "an empty question"),
+        ({"instruction": 3, "output": "3"}, "'instruction' is no string"),
         ({"instruction": "Add.", "input": 3, "output": "3"}, "'input' is no string"),
         ({"instruction": "Add.", "output": "\ud800"}, "half of a surrogate pair"),
-        ({"messages": []}, "no list of messages"),
+        ({"messages": []}, "no question .* and no conversation"),
         ({"messages": "Hi"}, "no list of messages"),
         ({"messages": ["Hi"]}, "no object"),
         ({"messages": [{"role": "user"}]}, "no string"),
@@ -106,10 +107,13 @@ def test_rows_to_learn_from(row, chat):
         ({"conversations": [{"from": "observation", "value": "x"}]}, "role 'observation'"),
         ({"messages": [BRIEF, *MESSAGES], "system": "Be long."}, "two different system messages"),
         ({"prompt": [BRIEF, MESSAGES[0]], "completion": "x", "system": "Be long."}, "two different system messages"),
-        ({"prompt": "Why?", "completion": MESSAGES}, "prompt and completion ask different things"),
-        ({"prompt": MESSAGES[:1], "input": "1 2", "completion": "x"}, "'input' beside a list of messages"),
-        ({"prompt": MESSAGES[:1], "history": [["a", "b"]], "completion": "x"}, "'history' beside a list of messages"),
-        ({"instruction": "Add.", "input": "1", "context": "2", "output": "3"}, "both input and context"),
+        ({"prompt": "Why?", "completion": MESSAGES}, "'prompt' says what 'completion' does not"),
+        ({"prompt": MESSAGES[:1], "input": "1 2", "completion": "x"}, "'input' says what 'prompt' does not"),
+        ({"prompt": MESSAGES[:1], "history": [["a", "b"]], "completion": "x"}, "'history' says what 'prompt' does not"),
+        (
+            {"instruction": "Add.", "input": "1", "context": "2", "output": "3"},
+            "two different inputs: 'input' and 'context'",
+        ),
         ({"instruction": "Add.", "output": "3", "history": [["a"]]}, "'history' is no list of"),
         ({"instruction": "Add.", "output": "3", "history": "a"}, "'history' is no list of"),
         ({"instruction": "Add.", "output": "3", "history": [["a", None]]}, "a message of 'history' is no string"),
@@ -118,6 +122,125 @@ def test_rows_to_learn_from(row, chat):
     ],
 )
 def test_rows_that_cannot_be_learned_from(row, reason):
+    with pytest.raises(ValueError, match=reason):
+        parse_chat(row)
+
+
+SYSTEM_ASK = Chat([("system", "Be brief."), ASK], ["Three."])
+BELOW = "Below is an instruction.\n\n### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Output:\n3"
+
+
+@pytest.mark.parametrize(
+    ("row", "chat"),
+    [
+        # UltraChat, No Robots (whose prompt is the system message where there is one), UltraFeedback binarised
+        ({"prompt": " How many?\n", "prompt_id": "ab", "messages": MESSAGES}, Chat([ASK], ["Three."])),
+        ({"prompt": "Be brief.", "messages": [BRIEF, *MESSAGES], "category": "Chat"}, SYSTEM_ASK),
+        (
+            {"prompt": "How many?", "chosen": MESSAGES, "rejected": MESSAGES, "messages": MESSAGES},
+            Chat([ASK], ["Three."]),
+        ),
+        # OpenHermes 2.5, SlimOrca: columns that only some of the sources fill
+        (
+            {
+                "conversations": [turn | {"weight": None} for turn in SHAREGPT], "system_prompt": None, "source": "x",
+                "model": None, "custom_instruction": False, "idx": None,
+            },
+            Chat([ASK], ["Three."]),
+        ),
+        ({"conversations": SHAREGPT, "system_prompt": "Be brief."}, SYSTEM_ASK),
+        # Magpie: the first question and its answer stand beside the conversation
+        (
+            {"instruction": "How many?", "response": "Three.", "conversations": [*SHAREGPT, *SHAREGPT]},
+            Chat([ASK, TOLD, ASK], ["Three."]),
+        ),
+        # a message may say more than the field
+        (
+            {"question": "How many?", "messages": [{"role": "user", "content": "Look: a.\nHow many?"}, MESSAGES[1]]},
+            Chat([("user", "Look: a.\nHow many?")], ["Three."]),
+        ),
+        # OpenR1-Math: "answer" is the result alone, beside a conversation or beside a worked answer
+        ({"messages": MESSAGES, "problem": "How many?", "answer": "3"}, Chat([ASK], ["Three."])),
+        ({"question": "How many?", "response": "One, two, three.", "answer": "3"}, Chat([ASK], ["One, two, three."])),
+        # Alpaca as ShareGPT: the columns stay; any white space joins instruction and input
+        (
+            {
+                "instruction": "Add.", "input": "1 2", "output": "3",
+                "conversations": [{"from": "human", "value": "Add.\n1  2"}, {"from": "gpt", "value": "3\n"}],
+            },
+            Chat([("user", "Add.\n1  2")], ["3\n"]),
+        ),
+        # Alpaca rendered: the whole row once more, under "text" or under "prompt"
+        (
+            {"instruction": "Add.", "input": "1 2", "output": "3", "prompt": BELOW, "text": BELOW},
+            Chat([("user", "Add.")], ["3"], "1 2"),
+        ),
+        # the same under two names, and names that say nothing
+        ({"prompt": "How many?", "question": "How many? ", "response": "Three."}, Chat([ASK], ["Three."])),
+        ({"prompt": "1 or 2?", "question": "1 or 2?", "response": "2?"}, Chat([("user", "1 or 2?")], ["2?"])),
+        ({"instruction": None, "prompt": "How many?", "question": "", "response": "Three."}, Chat([ASK], ["Three."])),
+        ({"prompt": "How many?", "output": "", "response": "Three.", "completion": "Three."}, Chat([ASK], ["Three."])),
+        ({"prompt": [BRIEF, MESSAGES[0]], "question": "How many?", "answer": "Three."}, SYSTEM_ASK),
+        ({"system": "Be brief.", "system_prompt": "Be brief. ", "prompt": "How many?", "output": "Three."}, SYSTEM_ASK),
+        ({"system": "", "system_prompt": "Be brief.", "prompt": "How many?", "output": "Three."}, SYSTEM_ASK),
+        ({"conversations": SHAREGPT, "messages": [BRIEF, *MESSAGES]}, SYSTEM_ASK),
+        ({"conversations": [], "messages": MESSAGES, "prompt": None, "history": None}, Chat([ASK], ["Three."])),
+        ({"messages": None, "prompt": "How many?", "output": "Three."}, Chat([ASK], ["Three."])),
+        (
+            {"messages": [*MESSAGES, *MESSAGES], "history": [["How many?", "Three."]], "query": "How many?"},
+            Chat([ASK, TOLD, ASK], ["Three."]),
+        ),
+    ],
+)  # fmt: skip
+def test_fields_that_say_the_same(row, chat):
+    assert parse_chat(row) == chat
+
+
+ALPACA = {"instruction": "Add.", "input": "1 2", "output": "3"}
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (
+            {"instruction": "Answer the question in one word.", "question": "What is 6 plus 6?", "output": "12"},
+            "two different questions: 'instruction' and 'question'",
+        ),
+        (
+            {"prompt": "Why?", "question": "How many?", "output": "3"},
+            "two different questions: 'prompt' and 'question'",
+        ),
+        ({"prompt": "Why?", "query": "How many?", "output": "3"}, "two different questions: 'prompt' and 'query'"),
+        (ALPACA | {"prompt": BELOW.removesuffix("3")}, "two different questions: 'instruction' and 'prompt'"),
+        ({"instruction": "Pick.", "prompt": "Pick.\nA\nB", "output": "B"}, "questions: 'instruction' and 'prompt'"),
+        ({"system": "a", "system_prompt": "b", "prompt": "x", "output": "y"}, "'system' and 'system_prompt'"),
+        ({"system": "a", "system_prompt": "b", "messages": MESSAGES}, "'system' and 'system_prompt'"),
+        ({"messages": [BRIEF, *MESSAGES], "system_prompt": "b"}, "system messages: 'messages' and 'system_prompt'"),
+        ({"conversations": SHAREGPT, "messages": [BRIEF, *MESSAGES], "system": "b"}, "'system' and 'messages'"),
+        ({"prompt": "How many?", "output": "Three.", "response": "Four."}, "answers: 'output' and 'response'"),
+        ({"messages": MESSAGES, "input": "1 2"}, "'input' says what 'messages' does not"),
+        ({"messages": MESSAGES, "context": "1 2"}, "'context' says what 'messages' does not"),
+        ({"messages": MESSAGES, "prompt": "Why?", "response": "So."}, "says what 'messages' does not"),
+        ({"messages": MESSAGES, "prompt": "Why?"}, "'prompt' says what 'messages' does not"),
+        ({"messages": MESSAGES, "prompt": "Three."}, "'prompt' says what 'messages' does not"),  # it was not asked
+        ({"messages": MESSAGES, "prompt": "How man"}, "'prompt' says what 'messages' does not"),  # no whole words
+        (
+            {"messages": MESSAGES, "prompt": "How many?", "response": "Four."},
+            "'response' says what 'messages' does not",
+        ),
+        ({"messages": MESSAGES, "prompt": [BRIEF, MESSAGES[0]], "system": "b"}, "two different system messages"),
+        ({"messages": MESSAGES, "prompt": [*MESSAGES, MESSAGES[0]]}, "'prompt' says what 'messages' does not"),
+        ({"conversations": SHAREGPT, **ALPACA}, "says what 'conversations' does not"),
+        ({"conversations": SHAREGPT, "history": [["Why?", "So."]]}, "'history' says what 'conversations' does not"),
+        (
+            {"conversations": SHAREGPT, "messages": [MESSAGES[0], MESSAGES[1] | {"content": "Four."}]},
+            "'messages' says what 'conversations' does not",
+        ),
+        ({"conversations": SHAREGPT, "messages": MESSAGES * 2}, "'messages' says what 'conversations' does not"),
+        ({"prompt": MESSAGES[:1], "question": "Why?", "answer": "x"}, "'question' says what 'prompt' does not"),
+    ],
+)
+def test_fields_that_contradict_each_other(row, reason):
     with pytest.raises(ValueError, match=reason):
         parse_chat(row)
 
@@ -197,15 +320,15 @@ def test_preferences(row, chat):
         ({"conversations": SHAREGPT, "chosen": GOOD, "rejected": BAD}, "roles out of order"),
         (
             {"prompt": "Why?", "chosen": [MESSAGES[0], GOOD], "rejected": [MESSAGES[0], BAD]},
-            "prompt and chosen ask different things",
+            "'prompt' says what 'chosen' does not",
         ),
         (
             {"prompt": [*MESSAGES, MESSAGES[0]], "chosen": [MESSAGES[0], GOOD], "rejected": [MESSAGES[0], BAD]},
-            "prompt and chosen ask different things",
+            "'prompt' says what 'chosen' does not",
         ),
         (
             {"instruction": "How many?", "input": "1", "chosen": [MESSAGES[0], GOOD], "rejected": [MESSAGES[0], BAD]},
-            "prompt and chosen ask different things",
+            "'input' says what 'chosen' does not",
         ),
         ({"instruction": "How many?", "completions": 3}, "no list of objects"),
         ({"instruction": "How many?", "completions": [{"response": "x", "overall_score": 3}]}, "scored above another"),
@@ -217,6 +340,52 @@ def test_preferences(row, chat):
     ],
 )
 def test_preferences_that_are_none(row, reason):
+    with pytest.raises(ValueError, match=reason):
+        parse_pair(row)
+
+
+ANSWERS = {"chosen": GOOD, "rejected": BAD}
+TALKS = {"chosen": [MESSAGES[0], GOOD], "rejected": [MESSAGES[0], BAD]}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "How many?", "question": None, "source": "x", **TALKS},  # ORPO-DPO-mix: filled for some sources
+        {"prompt": "How many?", "question": "How many?", "completions": None, **TALKS},
+        {"conversations": SHAREGPT[:1], "prompt": "How many?", **ANSWERS},
+        {"conversations": SHAREGPT[:1], "messages": MESSAGES, "prompt": "", **TALKS},
+        {"prompt": "How many?", "messages": [MESSAGES[0], BAD], "chosen": "Three.", "rejected": "Four."},
+        {"prompt": "How many?", "output": "Five.", "response": "Six.", **ANSWERS},  # no answer here was asked for
+    ],
+)
+def test_preferences_whose_fields_say_the_same(row):
+    assert parse_pair(row) == PAIR
+
+
+def test_a_copy_of_the_conversation_holds_the_input():
+    row = ALPACA | {"messages": [{"role": "user", "content": "Add. 1 2"}], "chosen": "3", "rejected": "4"}
+    assert parse_pair(row) == Chat([("user", "Add.")], ["3", "4"], "1 2")
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "Why?", "question": "How many?", **ANSWERS}, "two different questions: 'prompt' and 'question'"),
+        ({"prompt": "Why?", "conversations": SHAREGPT[:1], **ANSWERS}, "'prompt' says what 'conversations' does not"),
+        ({"input": "1 2", "conversations": SHAREGPT[:1], **ANSWERS}, "'input' says what 'conversations' does not"),
+        ({"conversations": [{"from": "human", "value": "Why?"}], **TALKS}, "'conversations' says what 'chosen' does"),
+        ({"prompt": "Why?", "messages": MESSAGES, **ANSWERS}, "'messages' says what 'prompt' does not"),
+        ({"prompt": "How many?", "messages": MESSAGES * 2, **TALKS}, "'messages' says what 'chosen' does not"),
+        ({"prompt": "How many?", "system": "a", "system_prompt": "b", **TALKS}, "'system' and 'system_prompt'"),
+        ({"prompt": "How many?", "messages": [BRIEF, *MESSAGES], "system": "b", **TALKS}, "'system' and 'messages'"),
+        (
+            {"instruction": "Why?", "prompt": "How many?", "completions": [{"response": "x", "overall_score": 1}]},
+            "two different questions: 'instruction' and 'prompt'",
+        ),
+    ],
+)
+def test_preferences_whose_fields_contradict_each_other(row, reason):
     with pytest.raises(ValueError, match=reason):
         parse_pair(row)
 
@@ -269,7 +438,7 @@ def test_where_a_templates_context_stands():
 NAMES = [
     "instruction", "prompt", "input", "output", "response", "messages", "conversations", "chosen", "rejected", "system",
     "completions", "role", "from", "content", "value", "overall_score", "annotations", "Rating",
-    "history", "context", "original_question",
+    "history", "context", "original_question", "question", "answer", "completion", "system_prompt",
 ]  # fmt: skip
 LEAF = st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["user", "gpt", "system", "a", "4"])
 ANY = st.recursive(

@@ -96,6 +96,7 @@ def test_every_form_of_file(form, write, ready):
     [
         ("a.jsonl", lines(ROWS[:2]) + "{\n", r"a\.jsonl, line 3: no JSON; --skip-bad-lines leaves it out"),
         ("a.jsonl", lines([ROWS[0], {"instruction": "x"}]), r"a\.jsonl, line 2: no answer"),
+        ("a.jsonl", lines([ROWS[0], ROWS[1] | {"question": "x"}]), r"line 2: two .* 'instruction' and 'question'"),
         ("a.json", json.dumps([ROWS[0], 3]), r"a\.json, row 2: JSON, but no object; --skip-bad-lines"),
         ("a.json", "[1, 2", r"a\.json: begins like a list, but is not JSON"),
         ("a.json", '{"data":\n []}', r"a\.json: one JSON value; a list of rows"),
@@ -149,7 +150,7 @@ def test_what_no_row_can_change_is_said_first(ready, tokenizer, write):
         ready("problems")
     with pytest.raises(FileNotFoundError, match="nowhere"):
         ready("nowhere")
-    with pytest.raises(ValueError, match="not of the format 'solar preference pairs, version 2'"):
+    with pytest.raises(ValueError, match="not of the format 'solar preference pairs, version 3'"):
         Pairs(ready(folder)["train"].directory, "train", tokenizer.vocab_size)
     with pytest.raises(ValueError, match=r"holds the token id \d+, but the model's vocabulary has 40"):
         Chats(ready(folder)["train"].directory, "train", 40)
@@ -253,7 +254,7 @@ def test_a_limit_takes_that_many_rows(write, ready):
     ids=lambda change: next(iter(change)),
 )  # fmt: skip
 def test_all_that_determines_the_examples_is_in_the_name(change, write, tokenizer, tmp_path):
-    rows = [row | PAIRS[0] for row in ROWS]
+    rows = [row | pair for row, pair in zip(ROWS, PAIRS, strict=True)]
 
     def name(tokenizer=tokenizer, **options):
         options = {"holdout": 0.3, "template": "solar", "max_length": 128, **options}
