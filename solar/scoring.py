@@ -187,6 +187,16 @@ def _tensor(model: Transformer, rows: Sequence[list[int]]) -> Tensor:
     return torch.tensor(filled, device=model.model.embed_tokens.weight.device)
 
 
+class Read(NamedTuple):
+    """A row of a pass has read the ids begin..end-1 of a request, and tells how likely each of begin+1..end is."""
+
+    row: int
+    begin: int
+    end: int
+    question: int
+    request: int
+
+
 @torch.inference_mode()
 def log_likelihoods(
     model: Transformer, questions: Sequence[list[Request]], trunk: KVCache | None = None, reuse: bool = True
@@ -205,39 +215,40 @@ def log_likelihoods(
             model, len(rows), max(stems)
         )
         logits = model(_tensor(model, rows), cache=source)
-        wanted = [(row, start, start + stems[row], row, i) for row, q in enumerate(questions) for i in range(len(q))]
-        _add(sums, logits, questions, wanted)
-    wanted, tails = [], []
+        reads = [Read(q, start, start + stems[q], q, i) for q, asked in enumerate(questions) for i in range(len(asked))]
+        _add(sums, logits, questions, reads)
+    reads, tails = [], []
     for q, (requests, stem) in enumerate(zip(questions, stems, strict=True)):
         for i, request in enumerate(requests):
             if tail := request.ids[start + stem : -1]:
-                wanted.append((len(tails), start + stem, len(request.ids) - 1, q, i))
+                reads.append(Read(len(tails), start + stem, len(request.ids) - 1, q, i))
                 tails.append(tail)
     if tails:
-        rows = [q if source is not trunk else 0 for _, _, _, q, _ in wanted]
-        lengths = [begin for _, begin, _, _, _ in wanted]
-        cache = branch(model, source, rows, lengths, max(map(len, tails)))
-        _add(sums, model(_tensor(model, tails), cache=cache), questions, wanted)
+        has_stems = source is not trunk  # a row for each question; else the trunk's only one
+        rows = [read.question if has_stems else 0 for read in reads]
+        cache = branch(model, source, rows, [read.begin for read in reads], max(map(len, tails)))
+        _add(sums, model(_tensor(model, tails), cache=cache), questions, reads)
     return sums
 
 
-def _add(sums: list[list[float]], logits: Tensor, questions: Sequence[list[Request]], wanted: list[tuple]) -> None:
-    """Add what a pass tells of its requests. wanted: (row, begin, end, question, request): the row has read the ids
-    begin..end-1 of that request, and knows what follows each."""
-    found = []  # (row, position in it, id that follows, question, request)
-    for row, begin, end, q, i in wanted:
-        request = questions[q][i]
-        first = len(request.ids) - request.scored
-        found += [(row, t - 1 - begin, request.ids[t], q, i) for t in range(max(first, begin + 1), end + 1)]
-    for at in range(0, len(found), POSITIONS):
-        part = found[at : at + POSITIONS]
-        rows, columns, labels = torch.tensor([entry[:3] for entry in part], device=logits.device).T
+def _add(sums: list[list[float]], logits: Tensor, questions: Sequence[list[Request]], reads: Sequence[Read]) -> None:
+    """Add what a pass tells of its requests: log p of those of the ids that are scored."""
+    places, requests = [], []  # (row, position in it, id that follows), and whose it is
+    for read in reads:
+        request = questions[read.question][read.request]
+        first_scored = len(request.ids) - request.scored
+        for t in range(max(first_scored, read.begin + 1), read.end + 1):
+            places.append((read.row, t - 1 - read.begin, request.ids[t]))
+            requests.append((read.question, read.request))
+    for at in range(0, len(places), POSITIONS):
+        part = slice(at, at + POSITIONS)
+        rows, columns, labels = torch.tensor(places[part], device=logits.device).T
         logps = logits[rows, columns].float().log_softmax(dim=-1).gather(1, labels[:, None])[:, 0]
         if not bool(logps.isfinite().all()):
             raise ValueError(
                 f"a log-likelihood is not finite in {logits.dtype}: try --dtype fp32, or check the weights"
             )
-        for (_, _, _, q, i), logp in zip(part, logps.tolist(), strict=True):
+        for (q, i), logp in zip(requests[part], logps.tolist(), strict=True):
             sums[q][i] += logp
 
 
