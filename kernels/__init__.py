@@ -81,9 +81,11 @@ def select(choice: str = "auto") -> str:
 def kind(x: Tensor) -> str:
     """Which forms run for tensors like this one, by the choice made: triton, torch or reference."""
     choice = ("triton" if x.is_cuda else "torch") if _choice == "auto" else _choice
-    if choice == "triton" and (reason := launch.why_not(x)):
-        _say_once(f"kernels: {reason}; torch's own operators run instead of triton's")
-        choice = "torch"
+    if choice == "triton":
+        wide = None if x.dtype in launch.DTYPES else f"triton's take 16 and 32 bits, not {x.dtype}"
+        if reason := launch.why_not(x) or wide:
+            _say_once(f"kernels: {reason}; torch's own operators run instead of triton's")
+            choice = "torch"
     return choice
 
 

@@ -631,11 +631,23 @@ def test_each_choice_takes_the_form_of_that_name(monkeypatch, name):
     assert taken("triton", "reference") == taken("torch", "reference") == taken("auto", "reference") == "reference"
 
 
+def test_triton_leaves_fp64_to_torch_and_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(kernels.launch, "why_not", lambda _: None)  # as on a GPU
+    before = kernels.select("triton")
+    try:
+        assert [kernels.kind(torch.zeros(1, dtype=dtype)) for dtype in (*HALVES, torch.float32)] == ["triton"] * 3
+        assert kernels.kind(torch.zeros(1, dtype=torch.float64)) == "torch"
+    finally:
+        kernels.select(before)
+    told = "kernels: triton's take 16 and 32 bits, not torch.float64; torch's own operators run instead of triton's\n"
+    assert capsys.readouterr().err == told
+
+
 def test_auto_takes_triton_on_a_gpu(monkeypatch):
     forms = {kind: lambda *_, kind=kind: kind for kind in ("triton", "torch", "reference")}
     monkeypatch.setitem(kernels._FORMS, "swiglu", forms)
     monkeypatch.setattr(launch, "why_not", lambda x: None)
-    on_gpu = SimpleNamespace(is_cuda=True)
+    on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)
     assert kernels.swiglu(on_gpu, on_gpu) == "triton"
 
 
