@@ -285,3 +285,9 @@ class Transformer(nn.Module):
                 parameter.zero_()
             else:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * self.config.initializer_range)
+
+
+def check_finite(logits: Tensor, dtype: torch.dtype) -> None:
+    """Raise ValueError if a logit is not finite, as 16 bits may make one at any step. dtype: the model's."""
+    if not bool(logits.isfinite().all()):
+        raise ValueError(f"the logits are not finite in {dtype}: try bfloat16 or float32, or check the weights")

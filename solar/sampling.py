@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from solar.decoding import PreparedTransformer, prepare
-from solar.model import KVCache, Transformer
+from solar.model import KVCache, Transformer, check_finite
 
 PREFILL_CHUNK = 1024  # prompt tokens in one forward pass, of all rows together: bounds the memory that it takes
 PADDING, PROMPT = -1, 0  # document ids
@@ -54,12 +54,6 @@ def choose_probabilities(
 def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Make what was `seen` (B, V) less likely: logits / penalty, or * penalty if negative (arXiv:1909.05858)."""
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-
-
-def check_finite(logits: Tensor, dtype: torch.dtype) -> None:
-    """Raise ValueError if a logit is not finite, as 16 bits may make one at any step. dtype: the model's."""
-    if not bool(logits.isfinite().all()):
-        raise ValueError(f"the logits are not finite in {dtype}: try bfloat16 or float32, or check the weights")
 
 
 class Memory:

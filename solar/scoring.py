@@ -24,8 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from solar.model import KVCache, Transformer
-from solar.sampling import check_finite
+from solar.model import KVCache, Transformer, check_finite
 from solar.tokenizer import Tokenizer
 
 PADDING, PROMPT = -1, 0  # document ids
