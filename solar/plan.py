@@ -83,14 +83,13 @@ def parse_plan(text: str, n: int) -> Plan:
     """A plan for a base of n layers from its text (see GRAMMAR) or JSON file. Raises ValueError, FileNotFoundError."""
     if text.endswith(".json"):
         return _read_plan(Path(text), n)
-    kind, _, rest = text.partition(":")
-    arguments = rest.split(":") if rest else []
+    kind, *arguments = text.split(":")
     if kind == "slices" and len(arguments) == 1:
         return slices(n, [_parse_range(part) for part in arguments[0].split(",")])
-    try:
-        numbers = [int(argument) for argument in arguments]
-    except ValueError:
-        raise _misspelt(text) from None
+    # Not all that int() takes: it knows spaces and the digits of every script.
+    if not all(re.fullmatch(r"-?[0-9]{1,9}", argument) for argument in arguments):
+        raise _misspelt(text)
+    numbers = [int(argument) for argument in arguments]
     match kind, numbers:
         case "dus", []:
             return interlock(n, n // 4, n - n // 4)
