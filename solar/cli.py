@@ -4,11 +4,13 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
+import difflib
 import errno
 import fcntl
 import glob
 import hashlib
 import os
+import re
 import secrets
 import shlex
 import shutil
@@ -26,23 +28,52 @@ from typing import BinaryIO
 # ------------------------------------------------------------------------------------------------ flags
 
 
-def flag(default=dataclasses.MISSING, *, help: str, metavar: str | None = None, positional: bool = False, **more):
+def flag(
+    default=dataclasses.MISSING,
+    *,
+    help: str,
+    metavar: str | None = None,
+    positional: bool = False,
+    read: Callable[[str], typing.Any] | None = None,
+    **more,
+):
     """A dataclass field that becomes `--name`; `default` missing means that the flag is required.
 
-    positional: a required list that is given without its name, as in `command FILES...`.
+    positional: a required list that is given without its name, as in `command FILES...`. read: makes the value from
+    what is typed, or raises argparse.ArgumentTypeError; without it the field's type does.
     """
     if isinstance(default, list):
         more["default_factory"], default = default.copy, dataclasses.MISSING
-    metadata = {"help": help, "metavar": metavar, "positional": positional}
+    metadata = {"help": help, "metavar": metavar, "positional": positional, "read": read}
     return dataclasses.field(default=default, metadata=metadata, **more)
+
+
+def size(text: str) -> int:
+    """Bytes, from "5GB" (10^9), "5GiB" (2^30) or "5_000_000_000": `read` of a flag."""
+    found = re.fullmatch(r"([0-9]+(?:_[0-9]+)*(?:\.[0-9]+)?)(?:([kKMGT])(i?))?B?", text)
+    unit = (1024 if found[3] else 1000) ** " KMGT".index((found[2] or " ").upper()) if found else 0
+    if not found or not 1 <= (count := float(found[1]) * unit) < 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size of at least 1 byte, such as 5GB or 5_000_000_000")
+    return round(count)
+
+
+class _Parser(argparse.ArgumentParser):
+    """With one line for a wrong flag, instead of the list of them all."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ")
+        if unknown != message:
+            near = difflib.get_close_matches(unknown.split()[0].split("=")[0], self._option_string_actions, n=1)
+            message += f" (did you mean {near[0]}?)" if near else ""
+        self.exit(2, f"error: {message}; {self.prog} --help lists the flags\n")
 
 
 T = typing.TypeVar("T")
 
 
 def parse(options: type[T], argv: list[str] | None = None, *, prog: str, description: str) -> T:
-    """Fill the dataclass `options` from the command line; argparse exits with code 2 and one line for a wrong flag."""
-    parser = argparse.ArgumentParser(
+    """Fill the dataclass `options` from the command line; exits with code 2 and one line for a wrong flag."""
+    parser = _Parser(
         prog=prog, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
     hints = typing.get_type_hints(options)
@@ -65,7 +96,7 @@ def parse(options: type[T], argv: list[str] | None = None, *, prog: str, descrip
                 kwargs["nargs"], kind = "+", kind.__args__[0]
             if typing.get_origin(kind) is typing.Literal:
                 kwargs["choices"], kind = kind.__args__, str
-            kwargs["type"] = kind
+            kwargs["type"] = field.metadata["read"] or kind
             if "choices" not in kwargs:
                 kwargs["metavar"] = field.metadata["metavar"] or kind.__name__.upper()
         if field.metadata["positional"]:
@@ -79,16 +110,18 @@ def parse(options: type[T], argv: list[str] | None = None, *, prog: str, descrip
 def run_command(prog: str, commands: dict[str, tuple[type, Callable[[typing.Any], None]]]) -> None:
     """Carry out `prog COMMAND ...`. commands: {name: (dataclass of its flags, function that takes one)}.
 
-    The function's docstring is its help; `--help` in place of a command lists them. Raises ValueError for an unknown
-    command, naming those that there are.
+    The function's docstring is its help; `--help` in place of a command lists them. Raises ValueError for none or an
+    unknown one, naming those that there are.
     """
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name in ("-h", "--help"):
+        print(f"usage: {prog} COMMAND [FLAGS]; {prog} COMMAND --help lists the flags of one")
         for known, (_, do) in commands.items():
             print(f"{prog} {known}: {do.__doc__.partition(chr(10))[0]}")
         return
     if name not in commands:
-        raise ValueError(f"{name!r} is not one of {', '.join(commands)}: {prog} COMMAND --help")
+        wrong = f"{name!r} is no command; " if name else ""
+        raise ValueError(f"{wrong}give a command: {', '.join(commands)}; {prog} COMMAND --help lists the flags of one")
     options, do = commands[name]
     do(parse(options, sys.argv[2:], prog=f"{prog} {name}", description=do.__doc__))
 
@@ -270,7 +303,11 @@ class Progress:
 
 
 def check_output(out: Path, force: bool) -> None:
-    """Raise FileExistsError if `out` exists and may not be replaced. `force` replaces models and token shards only."""
+    """Raise FileExistsError if `out` exists and may not be replaced, NotADirectoryError if it cannot come to be.
+
+    `force` replaces models and token shards only.
+    """
+    _check_above(out)
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise FileExistsError(f"{out} exists and is not a directory; give another output directory")
     if out.exists() and any(out.iterdir()):
@@ -284,6 +321,14 @@ def check_output(out: Path, force: bool) -> None:
                 f"{out} is not just a model (config.json and weights, no folders) or token shards (train.offsets and "
                 "shards): --force does not replace it"
             )
+
+
+def _check_above(out: Path) -> None:
+    """Raise NotADirectoryError if `out` would stand below what is no directory: a file, or a link to nothing."""
+    there = next(folder for folder in out.absolute().parents if os.path.lexists(folder))
+    if not there.is_dir():
+        what = "a link that leads nowhere" if there.is_symlink() and not there.exists() else "a file"
+        raise NotADirectoryError(f"{out}: {there} is {what}, not a directory; give another output")
 
 
 @contextlib.contextmanager
@@ -399,7 +444,9 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def check_output_file(out: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
-    """Raise FileExistsError for a file that may not be replaced, ValueError for one that is read too."""
+    """Raise FileExistsError for a file that may not be replaced, NotADirectoryError for one that cannot come to be,
+    ValueError for one that is read too."""
+    _check_above(out)
     if out.exists() and any(path.exists() and out.samefile(path) for path in inputs):
         raise ValueError(f"{out} is read and cannot be written too; give another --out")
     if out.exists() and (not force or not out.is_file()):

@@ -14,6 +14,7 @@ import errno
 import hashlib
 import heapq
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -340,14 +341,15 @@ def copy_companions(source: Path, target: Path) -> list[str]:
 
 def check_room(readers: list[CheckpointReader], nbytes: int, out: Path, force: bool) -> None:
     """Raise if the output is in the way, would take the place of a model it is made from, or does not fit the disk."""
+    where = Path(os.path.realpath(out))  # Path.resolve raises RuntimeError for links in a circle
     for reader in readers:
         base = reader.path
         for place in (base, *(base / name for name in reader.files)):  # a file may be a link to another directory
-            if out.resolve() in (place.resolve(), *place.resolve().parents):
+            if where in (place.resolve(), *place.resolve().parents):
                 raise ValueError(
                     f"{out}: the output would replace {place}, which it is made from; give another directory"
                 )
-        if base.resolve() in out.resolve().parents:
+        if base.resolve() in where.parents:
             raise ValueError(f"{out}: the output would stand inside the model {base}; give another directory")
     clear_leftovers(out)
     check_output(out, force)

@@ -331,8 +331,11 @@ def prepare(
     if len(model_dirs) < 2 or (method == "slerp" and len(model_dirs) > 2):
         wanted = "exactly two models" if method == "slerp" else "two or more models"
         raise ValueError(f"{method} takes {wanted}, found {len(model_dirs)}")
-    if (t if method == "average" else weights) is not None:
-        raise ValueError("weights are for average, t is for slerp")
+    if method == "average" and t is not None:
+        raise ValueError(f"--t {t} is for --method slerp, and the method is average, which takes --weights")
+    if method == "slerp" and weights is not None:
+        shown = " ".join(map(str, weights))
+        raise ValueError(f"--weights {shown} is for --method average, and the method is slerp, which takes --t")
     given, default = (t, 0.5) if method == "slerp" else (weights, [1] * len(model_dirs))
     amount = parse_amount(method, default if given is None else given, len(model_dirs))
     dtype = dtype_name(dtype)
@@ -347,6 +350,8 @@ def prepare(
     rules, where = per_layer or [], "per_layer"
     if isinstance(rules, str | Path):
         rules, where = read_json(Path(rules)), rules
+        if rules == []:
+            raise ValueError(f"{where}: no rule in it; leave --per-layer out, or write one")
     try:
         amounts = assign(parse_rules(rules, method, len(readers)), list(shapes), amount)
     except ValueError as error:
@@ -439,7 +444,9 @@ class Options:
     t: float | None = cli.flag(None, help="for slerp: 0 is the first model, 1 the second (default: 0.5)", metavar="T")
     per_layer: str | None = cli.flag(None, help="rules for layers or tensors, see solar/merge.py", metavar="FILE.json")
     dtype: str | None = cli.flag(None, help="cast to bfloat16, float16 or float32 (default: as the first is stored)")
-    max_shard_bytes: int = cli.flag(DEFAULT_MAX_SHARD_BYTES, help="start another file beyond this size", metavar="N")
+    max_shard_bytes: int = cli.flag(
+        DEFAULT_MAX_SHARD_BYTES, help="start another file beyond this size", metavar="SIZE", read=cli.size
+    )
     dry_run: bool = cli.flag(False, help="print what would be done and stop")
     verify: Literal["quick", "full"] = cli.flag("quick", help="compare samples of every tensor, or every byte")
     force: bool = cli.flag(False, help="replace the output if it exists")

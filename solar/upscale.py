@@ -229,7 +229,9 @@ class Options:
     model_type: Literal["llama", "keep"] = cli.flag(
         "llama", help="llama: as SOLAR was published, no sliding window; keep: the type and window of the base"
     )
-    max_shard_bytes: int = cli.flag(DEFAULT_MAX_SHARD_BYTES, help="start another file beyond this size", metavar="N")
+    max_shard_bytes: int = cli.flag(
+        DEFAULT_MAX_SHARD_BYTES, help="start another file beyond this size", metavar="SIZE", read=cli.size
+    )
     dry_run: bool = cli.flag(False, help="print what would be done and stop")
     verify: Literal["quick", "full"] = cli.flag("quick", help="compare samples of every tensor, or every byte")
     force: bool = cli.flag(False, help="replace the output if it exists")

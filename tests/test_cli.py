@@ -1,5 +1,6 @@
 """Flags, exit codes, and directories that appear whole or not at all."""
 
+import argparse
 import os
 import signal
 import subprocess
@@ -26,6 +27,7 @@ class Options:
     kind: Literal["a", "b"] = cli.flag("a", help="one of two")
     names: list[str] = cli.flag([], help="several")
     dry_run: bool = cli.flag(False, help="a switch")
+    room: int = cli.flag(7, help="a size", read=cli.size)
 
 
 def parse(*argv):
@@ -41,13 +43,34 @@ def test_flags_come_from_the_dataclass():
 
 
 @pytest.mark.parametrize(
-    "argv", [[], ["--model"], ["--model", "m", "--count", "x"], ["--model", "m", "--kind", "c"], ["-q"]]
+    ("argv", "message"),
+    [
+        ([], "the following arguments are required: --model"),
+        (["--model"], "argument --model: expected one argument"),
+        (["--model", "m", "--count", "x"], "argument --count: invalid int value: 'x'"),
+        (["--model", "m", "-q"], "unrecognized arguments: -q"),
+        (["--model", "m", "--dryrun", "x"], "unrecognized arguments: --dryrun x (did you mean --dry-run?)"),
+        (["--model", "m", "--modle=m"], "unrecognized arguments: --modle=m (did you mean --model?)"),
+        (
+            ["--model", "m", "--room", "some"],
+            "argument --room: 'some' is not a size of at least 1 byte, such as 5GB or 5_000_000_000",
+        ),
+    ],
 )
-def test_a_wrong_flag_exits_with_2(argv, capsys):
+def test_a_wrong_flag_is_one_line_and_2(argv, message, capsys):
     with pytest.raises(SystemExit) as exit_:
         parse(*argv)
     assert exit_.value.code == 2
-    assert "error" in capsys.readouterr().err
+    assert capsys.readouterr().err == f"error: {message}; x --help lists the flags\n"
+
+
+def test_sizes():
+    sizes = {"1": 1, "5_000": 5000, "12B": 12, "1kB": 1000, "5GB": 5 * 10**9, "1.5GB": 1_500_000_000, "2GiB": 2 << 30}
+    sizes |= {"2G": 2 * 10**9, "3MiB": 3 << 20, "1TB": 10**12, "5000000001": 5_000_000_001}
+    assert [parse("--model", "m", "--room", text).room for text in sizes] == list(sizes.values())
+    for text in ("", "0", "0.1B", "-1", "5 GB", "5iB", "_5", "5__0", "1e9", "５GB", "GB", "5PB", "9" * 400):
+        with pytest.raises(argparse.ArgumentTypeError):
+            cli.size(text)
 
 
 def test_a_list_without_its_name(capsys):
@@ -89,19 +112,20 @@ def test_a_command_is_chosen_by_its_name(capsys, monkeypatch):
         """
         print(options.count * 2)
 
-    commands = {"double": (Number, double)}
+    commands, lists = {"double": (Number, double)}, "prog COMMAND --help lists the flags of one"
     for argv, out in (
         (["double", "--count", "4"], "8\n"),
         (["double"], "4\n"),
-        (["--help"], "prog double: Twice a number.\n"),
+        (["--help"], f"usage: prog COMMAND [FLAGS]; {lists}\nprog double: Twice a number.\n"),
     ):
         monkeypatch.setattr("sys.argv", ["x", *argv])
         cli.run_command("prog", commands)
         assert capsys.readouterr().out == out
-    for argv in ([], ["halve"]):
+    for argv, wrong in (([], ""), (["halve"], "'halve' is no command; ")):
         monkeypatch.setattr("sys.argv", ["x", *argv])
-        with pytest.raises(ValueError, match="is not one of double: prog COMMAND --help"):
+        with pytest.raises(ValueError) as error:
             cli.run_command("prog", commands)
+        assert str(error.value) == f"{wrong}give a command: double; {lists}"
 
 
 @pytest.mark.parametrize(
