@@ -9,6 +9,7 @@ import errno
 import fcntl
 import glob
 import hashlib
+import io
 import os
 import re
 import secrets
@@ -148,6 +149,7 @@ def command_line(options, label: str) -> str:
 def run(main: Callable[[], None]) -> typing.NoReturn:
     """Call `main` and exit: 0; 2 with one line for bad input or a failed write; 130 for Ctrl-C, 143 for SIGTERM, 129
     for a closed terminal, 141 where nobody reads on."""
+    _open_streams()
     warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
     for number in (signal.SIGTERM, signal.SIGHUP):  # a batch system's stop, a closed terminal: clean up as for Ctrl-C
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup, which is to outlive the terminal
@@ -168,6 +170,22 @@ def run(main: Callable[[], None]) -> typing.NoReturn:
         _last_line(signal.strsignal(stopped.code - 128).lower())
         raise
     sys.exit(0)
+
+
+def _open_streams() -> None:
+    """Let all three streams be there, and print what they cannot encode in another form instead of failing at the end.
+
+    One that was closed (`<&-`) becomes the null device, under its own number: the next file that is opened would get
+    that number, and with it what libraries print.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            stream = open(os.devnull, mode)  # noqa: SIM115, it stays open; the system gives the lowest free number
+            os.set_inheritable(stream.fileno(), True)
+            setattr(sys, name, stream)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        unicode = sys.stdout.encoding.lower().startswith("utf")
+        sys.stdout.reconfigure(errors="surrogateescape" if unicode else "backslashreplace")  # file names; all the rest
 
 
 class _Stopped(SystemExit):

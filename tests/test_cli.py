@@ -145,6 +145,40 @@ def test_exit_codes_and_one_line(body, code, message):
     assert (done.returncode, done.stderr) == (code, message)
 
 
+STREAMS = """
+import os, sys
+from solar import cli
+
+def main():
+    null = os.stat(os.devnull)
+    with open(sys.argv[1], "w") as told:
+        print([os.path.samestat(os.fstat(number), null) for number in range(3)], told.fileno(), file=told)
+    print("out", sys.stdin.read(), flush=True)
+    print("err", file=sys.stderr)
+
+cli.run(main)
+"""
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_a_closed_stream_is_nobody_listening(closed, tmp_path):
+    told = tmp_path / "told"
+    command = ["bash", "-c", f'exec "$0" -c "$1" "$2" {closed}', sys.executable, STREAMS, told]
+    done = subprocess.run(command, cwd=ROOT, input="in", capture_output=True, text=True)
+    shut = ["<" in closed, " >" in f" {closed}", "2>" in closed]
+    assert (done.returncode, told.read_text()) == (0, f"{shut} 3\n")  # no file gets the number of a stream
+    assert done.stdout == ("" if shut[1] else f"out {'' if shut[0] else 'in'}\n")
+    assert done.stderr == ("" if shut[2] else "err\n")
+
+
+def test_a_stream_of_another_encoding_shows_what_it_can():
+    script = "from solar import cli; cli.run(lambda: print('1 \\xb1 2', '\\udcff'))"
+    for encoding, shown in (("ascii", b"1 \\xb1 2 \\udcff\n"), ("utf-8", b"1 \xc2\xb1 2 \xff\n")):
+        env = os.environ | {"PYTHONIOENCODING": encoding}
+        done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True)
+        assert (done.returncode, done.stdout, done.stderr) == (0, shown, b"")
+
+
 def test_a_bug_keeps_its_traceback():
     script = "from solar import cli\ncli.run(lambda: 1 / 0)"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
