@@ -31,6 +31,19 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return None if name is None else getattr(torch, name)
 
 
+def choose_device(asked: str) -> str:
+    """The device that a --device means, auto being a GPU if there is one. ValueError for one that is not there."""
+    device = asked if asked != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if device.partition(":")[0] not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"--device {device}: must be auto, cpu, cuda, cuda:N or mps")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].partition(". ")[0]  # the first sentence of an explanation of some pages
+        raise ValueError(f"--device {device}: there is none here ({reason})") from None
+    return device
+
+
 @torch.inference_mode(False)  # a caller's own is his thread's alone, and other threads fill what this one makes
 def load_model(
     path: str | Path,

@@ -207,7 +207,7 @@ def versions() -> dict[str, str]:
 
 
 def check(options: Options, reader: CheckpointReader) -> list[str]:
-    """The names of the benchmarks. ValueError for options that cannot be."""
+    """The names of the benchmarks. ValueError for options that cannot be, FileNotFoundError for no data."""
     for name in ("limit", "max_length", "max_new_tokens", "batch_size", "batch_tokens"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value}: at least 1 is needed")
@@ -224,6 +224,9 @@ def check(options: Options, reader: CheckpointReader) -> list[str]:
         raise ValueError(
             "--data is needed: a directory of the benchmarks' own files, which `python -m solar.tasks` lists"
         )
+    if not Path(options.data).is_dir():
+        what = "is not a directory" if Path(options.data).exists() else "no such directory"
+        raise FileNotFoundError(f"--data {options.data}: {what}; `python -m solar.tasks` lists what it holds")
     return names
 
 

@@ -28,10 +28,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from solar import cli, contamination, problems
-from solar.checkpoint import load_model
+from solar.checkpoint import choose_device, load_model
 from solar.model import Transformer
 from solar.rephrase import (
     ASK_ANSWER,
@@ -235,9 +233,7 @@ class Rephraser:
     """A model that rephrases questions, and answers what it has written."""
 
     def __init__(self, options: RephraseOptions):
-        if options.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device cuda: there is none here")
-        device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        device = choose_device(options.device)
         self.options, self.tokenizer = options, Tokenizer(options.model)
         self.model: Transformer = load_model(options.model, dtype=options.dtype, device=device)
         ends = self.model.config.eos_token_id

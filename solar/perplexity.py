@@ -16,11 +16,11 @@ import torch
 
 from kernels import CHOICES, select
 from solar import cli
-from solar.checkpoint import CheckpointReader, load_model, parse_dtype
+from solar.checkpoint import CheckpointReader, choose_device, load_model, parse_dtype
 from solar.model import Transformer
 from solar.plan import GRAMMAR, parse_plan
 from solar.tokenizer import Tokenizer
-from solar.windows import Window, batches, collate, read_texts, windows_of
+from solar.windows import Window, batches, check_window, collate, read_texts, windows_of
 
 BASE = str(Path(__file__).parent / "assets/base")
 WINDOW = 1024  # tokens, where nothing else is asked for and the model has room for them
@@ -197,18 +197,21 @@ def report(options: Options) -> dict:
     configs = [reader.config, *[reader.config.with_depth(1)] * bool(options.plan)]
     window = choose_window(options.window, min(config.max_position_embeddings for config in configs), options.model)
     stride = options.stride if options.stride is not None else max(window // 2, 1)
+    check_window(window, stride)
     for plan in options.plan:
         parse_plan(plan, reader.config.num_hidden_layers)
     if options.bos == "yes" and tokenizer.bos_id is None:
         raise ValueError(f"--bos yes: {tokenizer.path} has no BOS; leave it out or say --bos no")
     bos = tokenizer.adds_bos if options.bos == "auto" else options.bos == "yes"
+    placement = place(options)
     windows: dict[str, list[Window]] = {}
     for name, found in [found for path in options.files for found in read_texts(path)]:
         try:
             windows[name] = windows_of(tokenizer, found, window, stride, bos, options.tokens)
         except ValueError as error:
+            if str(error).startswith(name):  # of reading it
+                raise
             raise ValueError(f"{name}: {error}") from None
-    placement = place(options)
     plans = [None, *options.plan]
     progress = cli.Progress("reading", len(plans) * sum(w.nbytes for found in windows.values() for w in found))
     rows = []
@@ -253,9 +256,7 @@ def choose_window(asked: int | None, room: int, model: str) -> int:
 
 def place(options) -> dict:
     """What `load_model` is told of device and dtype, by options with device, dtype and kernels; selects the kernels."""
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device(options.device)
     if device == "cpu":
         cli.keep_freed_memory()
     select(options.kernels)

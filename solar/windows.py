@@ -35,14 +35,17 @@ def read_texts(path: str) -> list[tuple[str, Iterator[str]]]:
     """(name, its texts) of a file, of every file of a directory, or of a built-in corpus: the held-out part of that.
 
     A .jsonl file holds a text a line, any other file is one text. Raises FileNotFoundError, and ValueError that names
-    file and line for what is no text.
+    file and line for what is no text, or a directory without files.
     """
     if path == "problems":
         return [(path, problems.documents(0, round(PROBLEMS * HOLDOUT), "heldout"))]
     if path in BUILT_IN:
         documents = Corpus([Source(path)]).documents(HOLDOUT, _nobody)
         return [(path, (document.decode() for document, held_out in documents if held_out))]
-    return [(str(file), _texts_of_file(file)) for file in source_files(Source(path))[1]]
+    files = source_files(Source(path))[1]
+    if not files:
+        raise ValueError(f"{path}: no file in this directory; hidden ones are left out")
+    return [(str(file), _texts_of_file(file)) for file in files]
 
 
 def _texts_of_file(path: Path) -> Iterator[str]:
@@ -86,16 +89,20 @@ class Window(NamedTuple):
     block: int
 
 
-def cut(ids: np.ndarray, nbytes: np.ndarray, window: int, stride: int, block: int = 0) -> list[Window]:
-    """The windows of one text, given the bytes of each id. block: the number of its first block.
-
-    A block is what is counted of W positions one after the other, to within a stride. Raises ValueError unless
-    1 <= stride <= window and window >= 2.
-    """
+def check_window(window: int, stride: int) -> None:
+    """Raise ValueError unless 1 <= stride <= window and window >= 2."""
     if window < 2:
         raise ValueError(f"--window {window}: at least 2 tokens are needed, one to predict and one before it")
     if not 1 <= stride <= window:
         raise ValueError(f"--stride {stride}: must be from 1 to the window of {window}")
+
+
+def cut(ids: np.ndarray, nbytes: np.ndarray, window: int, stride: int, block: int = 0) -> list[Window]:
+    """The windows of one text, given the bytes of each id. block: the number of its first block.
+
+    A block is what is counted of W positions one after the other, to within a stride. Raises as `check_window` does.
+    """
+    check_window(window, stride)
     found, counted = [], 1  # the first token is no prediction
     for start in range(0, len(ids), stride):
         stop, first = min(start + window, len(ids)), max(counted, start + 1)

@@ -248,7 +248,8 @@ def test_the_leaderboard_s_protocol(measure):
         ({"max_length": 9999}, "--max-length 9999: the model has room for 4096 positions"),
         ({"max_new_tokens": 4096}, "--max-new-tokens 4096: the model reads 4096"),
         ({"data": None}, "--data is needed: .*`python -m solar.tasks` lists"),
-        ({"data": "nowhere"}, "nowhere/arc_challenge: no test.jsonl"),
+        ({"data": "nowhere"}, "--data nowhere: no such directory; `python -m solar.tasks` lists"),
+        ({"data": "."}, "^arc_challenge: no test.jsonl"),
         ({"model": "nowhere"}, "nowhere: no such directory"),
     ],
 )

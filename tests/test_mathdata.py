@@ -395,7 +395,7 @@ def test_a_failure_in_the_middle_leaves_no_file(seeds, tmp_path):
 
 def test_bad_input_is_one_line_and_code_2(tmp_path):
     for argv, says in (
-        (["bake"], "'bake' is not one of problems, rephrase, pairs, decontaminate"),
+        (["bake"], "'bake' is no command; give a command: problems, rephrase, pairs, decontaminate"),
         (["rephrase", "--seeds", "nowhere.jsonl", "--out", "x"], "nowhere.jsonl: No such file or directory"),
     ):
         command = [sys.executable, "-m", "solar.mathdata", *argv]

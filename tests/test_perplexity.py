@@ -128,12 +128,20 @@ def test_the_command_compares_plans_file_by_file(write, capsys, tmp_path):
     assert report(dataclasses.replace(options, tokens=20, plan=[], bos="no", out=None))["rows"][0]["tokens"] == 38
 
 
-def test_options_that_cannot_be_are_one_line(write):
-    path = str(write({"a.txt": TEXT, "short.txt": "a"}) / "a.txt")
+def test_options_that_cannot_be_are_one_line(write, tmp_path):
+    path = str(write({"a.txt": TEXT, "short.txt": "a", "bad.txt": "a\x00"}) / "a.txt")
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / ".hidden").write_text(TEXT)
     for options, what in (
         ({"window": 5000}, r"--window 5000: .* has room for 4096 positions"),
         ({"window": 2000, "plan": ["dus"]}, "--window 2000: .* has room for 1024 positions"),
         ({"stride": 2000}, "--stride 2000: must be from 1 to the window of 1024"),
+        ({"stride": 0}, "^--stride 0: must be from 1 to the window of 1024"),
+        ({"window": 0}, "^--window 0: at least 2 tokens"),
+        ({"device": "cuda:99"}, r"^--device cuda:99: there is none here \(.*\w\)$"),
+        ({"device": "nonsense"}, "^--device nonsense: must be auto, cpu"),
+        ({"files": [path.replace("a.txt", "bad.txt")]}, r"^\S*bad\.txt, line 1: a NUL byte"),
+        ({"files": [str(tmp_path / "none")]}, "^.*/none: no file in this directory; hidden ones"),
         ({"tokens": 0}, "--tokens 0: at least 1"),
         ({"plan": ["dus:40"]}, "M = 40 does not fit"),
         ({"files": [path.replace("a.txt", "short.txt")], "bos": "no"}, r"short\.txt: no token to count"),
