@@ -4,6 +4,7 @@ Continues a prompt (an argument, standard input, or a file of prompts as one bat
 model. `--plan dus:8` tries an up-scaling on the base's own weights, without writing it.
 """
 
+import io
 import sys
 import time
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import torch
 
 from kernels import CHOICES, select
 from solar import cli
-from solar.checkpoint import load_model
+from solar.checkpoint import choose_device, load_model
 from solar.directory import CheckpointReader
 from solar.model import Transformer
 from solar.plan import GRAMMAR
@@ -143,27 +144,31 @@ def weight_bytes(model: Transformer) -> int:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
+
+
+def _as_utf8(given: str, what: str) -> str:
+    """What was typed or piped, whose bytes are UTF-8 whatever the locale made of them. ValueError if they are not."""
+    try:
+        return given.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeDecodeError as error:
+        wrong = f"byte 0x{error.object[error.start]:02x} at position {error.start}"
+        raise ValueError(f"{what} is not UTF-8: {wrong}; convert it, as `iconv -f LATIN1 -t UTF-8` does") from None
 
 
 def load(options: Options) -> Session:
     if options.model == Options.model and not Path(options.model).exists():
         raise FileNotFoundError(f"{options.model} does not exist yet: `make upscale` makes it, or give --model DIR")
-    device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    kind = device.partition(":")[0]
-    try:
-        if kind not in ("cpu", "cuda", "mps"):
-            raise ValueError(f"--device {device}: must be cpu, cuda, cuda:N or mps")
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device}: there is none here ({str(error).splitlines()[0][:100]})") from None
+    device = choose_device(options.device)
     if options.temperature == 0 and any(
         x is not None for x in (options.top_k, options.top_p, options.min_p, options.seed)
     ):
         print("note: temperature 0 takes the likeliest token; top-k, top-p, min-p and seed do nothing", file=sys.stderr)
-    if kind == "cpu":
+    if not options.chat and (options.system or options.template != Options.template):
+        print("note: --system and --template do nothing without --chat", file=sys.stderr)
+    if device.startswith("cpu"):
         cli.keep_freed_memory()
     select(options.kernels)
     CheckpointReader(options.model)  # what is no model is said to be none, before its tokenizer is missed
@@ -175,13 +180,26 @@ def load(options: Options) -> Session:
     return Session(options, model, tokenizer, eos - {None})
 
 
-def complete(session: Session, texts: list[str]) -> None:
-    """Continue plain texts: one is streamed, several are printed in order when all are done."""
+def _check_length(session: Session, prompt: list[int], name: str) -> None:
+    context = session.model.config.max_position_embeddings
+    if len(prompt) >= context:
+        raise ValueError(
+            f"{name} has {len(prompt)} tokens; with 1 new one it exceeds the model's context of {context} "
+            "(max_position_embeddings): shorten it"
+        )
+
+
+def complete(session: Session, texts: dict[str, str]) -> None:
+    """Continue plain texts: one is streamed, several are printed in order when all are done, with an empty line between
+    them if any has more than one. texts: by the names that messages give them.
+    """
     options, tokenizer = session.options, session.tokenizer
-    prompts = [tokenizer.encode(text, bos=tokenizer.adds_bos) for text in texts]
+    prompts = [tokenizer.encode(text, bos=tokenizer.adds_bos) for text in texts.values()]
     prompts = [ids or [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None][:1] for ids in prompts]
+    for name, prompt in zip(texts, prompts, strict=True):
+        _check_length(session, prompt, name)
     if len(texts) == 1:
-        echo = [] if options.no_echo else [texts[0]]  # with the first new text: an error would be glued to it
+        echo = [] if options.no_echo else [*texts.values()]  # with the first new text: an error would be glued to it
         figures = session.run(
             prompts, lambda _, text: print(*echo[:1], text, sep="", end="", flush=True) or echo.clear()
         )
@@ -189,8 +207,10 @@ def complete(session: Session, texts: list[str]) -> None:
     else:
         results: list[list[str]] = [[] for _ in texts]
         figures = session.run(prompts, lambda row, text: results[row].append(text))
-        for text, result in zip(texts, results, strict=True):
-            print(("" if options.no_echo else text) + "".join(result))
+        whole = [
+            ("" if options.no_echo else text) + "".join(new) for text, new in zip(texts.values(), results, strict=True)
+        ]
+        print(*whole, sep="\n\n" if any("\n" in text for text in whole) else "\n")
     print_figures(figures)
 
 
@@ -204,7 +224,7 @@ def chat(session: Session, message: str | None) -> None:
     while True:
         if talking:
             try:
-                message = input("> " if sys.stdin.isatty() else "")
+                message = _as_utf8(input("> " if sys.stdin.isatty() else ""), "the message")
             except EOFError:
                 return
             if not message.strip():
@@ -216,6 +236,7 @@ def chat(session: Session, message: str | None) -> None:
             del messages[first : first + 2]
             prompt = encode_prompt(session.tokenizer, options.template, messages)
             print("note: the context is full; the oldest question and answer are forgotten", file=sys.stderr)
+        _check_length(session, prompt, "the message, with what the template adds,")
         answer: list[str] = []
 
         def emit(_: int, text: str, answer=answer) -> None:
@@ -236,19 +257,24 @@ def main() -> None:
         raise ValueError("give --prompt or --prompts, not both")
     if options.chat and options.prompts is not None:
         raise ValueError("--chat takes --prompt or standard input, not --prompts")
-    texts = [options.prompt] if options.prompt is not None else None
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+    options.system = _as_utf8(options.system, "--system")
+    options.stop = [_as_utf8(stop, "--stop") for stop in options.stop]
+    texts = {} if options.prompt is None else {"the prompt": _as_utf8(options.prompt, "the prompt")}
     if options.prompts is not None:
-        texts = [line for line in _read_text(Path(options.prompts)).split("\n") if line]
+        lines = _read_text(Path(options.prompts)).split("\n")
+        texts = {f"{options.prompts}, line {number}": line for number, line in enumerate(lines, 1) if line.strip()}
         if not texts:
             raise ValueError(f"{options.prompts}: no prompt in it")
-    elif texts is None and not options.chat:
+    elif not texts and not options.chat:
         if sys.stdin.isatty():
             print("Reading the prompt from standard input; Ctrl-D ends it.", file=sys.stderr)
-        texts = [sys.stdin.read().removesuffix("\n")]
+        texts = {"the prompt": _as_utf8(sys.stdin.read().removesuffix("\n"), "standard input")}
     try:
         session = load(options)
         if options.chat:
-            chat(session, texts[0] if texts else None)
+            chat(session, texts.get("the prompt"))
         else:
             complete(session, texts)
     except RuntimeError as error:

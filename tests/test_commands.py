@@ -1,6 +1,8 @@
 """What a user types, end to end on a tiny model: make, generate.py, and every command that the README prints."""
 
+import contextlib
 import dataclasses
+import io
 import os
 import re
 import shlex
@@ -9,6 +11,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -125,7 +128,49 @@ def test_generate_reads_standard_input_and_files(checkout, typed):
         typed(f'--prompt "{text}" --max-new-tokens 4 --dtype float32')[1]
         for text in ("import", "class Something:", "x")
     ]
-    assert batch[:2] == (0, "".join(alone))
+    between = "\n" if any("\n" in text.removesuffix("\n") for text in alone) else ""
+    assert batch[:2] == (0, between.join(alone))
+    (tree / "prompts.txt").write_text("\ufeffimport\n \t\nx\n")  # a byte order mark, and a line of nothing
+    told = typed("--prompts prompts.txt --max-new-tokens 1")[1]
+    assert [line[:1] for line in told.split("\n") if line] == ["i", "x"]
+
+
+def test_several_results_are_told_apart_where_they_are_of_several_lines(capsys, monkeypatch):
+    for new, shown in ((["1", "2"], "a1\nb2\n"), (["1\n", "2\n3"], "a1\n\n\nb2\n3\n")):
+        session = SimpleNamespace(
+            options=generate.Options(),
+            tokenizer=SimpleNamespace(encode=lambda text, bos: [1], adds_bos=False, bos_id=None, eos_id=None),
+            model=SimpleNamespace(config=SimpleNamespace(max_position_embeddings=4)),
+            run=lambda _, emit, new=new: [emit(*pair) for pair in enumerate(new)] and "",
+        )
+        generate.complete(session, {"one": "a", "other": "b"})
+        assert capsys.readouterr().out == shown
+
+
+@pytest.mark.parametrize(
+    ("flags", "piped", "shown"),
+    [
+        (["--prompt", "é"], b"", [{"the prompt": "é"}, []]),
+        (["--stop", "é"], "é\n".encode(), [{"the prompt": "é"}, ["é"]]),
+        (["--chat", "--prompt", "é"], b"", ["é", []]),
+        ([], b"a\xff\xfe", "standard input is not UTF-8: byte 0xff at position 1; convert it"),
+        (["--prompt", b"\xff"], b"", "the prompt is not UTF-8: byte 0xff at position 0"),
+        (["--chat", "--prompt", "x", "--system", b"\xff"], b"", "--system is not UTF-8: byte 0xff"),
+    ],
+)
+@pytest.mark.parametrize("locale", ["ascii", "utf-8"])
+def test_bytes_are_utf8_whatever_the_locale_makes_of_them(flags, piped, shown, locale, monkeypatch):
+    """As Python hands over what is typed and what is piped: with an escape for each byte that the locale lacks."""
+    heard = []
+    typed = [(flag if isinstance(flag, bytes) else flag.encode()).decode(locale, "surrogateescape") for flag in flags]
+    monkeypatch.setattr(sys, "argv", ["generate.py", *typed])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(piped), locale))
+    monkeypatch.setattr(generate, "load", lambda options: options)
+    for does in ("complete", "chat"):
+        monkeypatch.setattr(generate, does, lambda options, texts: heard.extend([texts, options.stop]))
+    with pytest.raises(ValueError, match=shown) if isinstance(shown, str) else contextlib.nullcontext():
+        generate.main()
+    assert heard == ([] if isinstance(shown, str) else shown)
 
 
 def test_chat_answers_line_by_line(checkout):
@@ -150,13 +195,25 @@ def test_chat_answers_line_by_line(checkout):
         ("--prompts nowhere.txt", "nowhere.txt: No such file"),
         ("--prompt x --prompts y", "not both"),
         ("--chat --template solar --prompts y", "--chat takes"),
+        (
+            "--prompts long.txt",
+            "long.txt, line 3 has 1202 tokens; with 1 new one it exceeds the model's context of 1024",
+        ),
+        (f"--prompt '{'x ' * 1200}'", "the prompt has 1202 tokens"),
+        (f"--chat --prompt '{'x ' * 1200}'", "the message, with what the template adds, has 12"),
     ],
 )
 def test_bad_input_is_one_line_and_code_2(typed, flags, says):
+    Path("long.txt").write_text("import\n\n" + "x " * 1200)  # the directory is the checkout
     code, _, said = typed(flags)
     assert code == 2
     assert says in said
     assert len(said.splitlines()) == 1
+
+
+def test_flags_of_a_chat_without_one_are_noted(typed):
+    code, _, said = typed("--prompt x --max-new-tokens 1 --system 'Be brief.'")
+    assert (code, said.splitlines()[0]) == (0, "note: --system and --template do nothing without --chat")
 
 
 def test_before_make_upscale_generate_says_what_to_do(tmp_path):
