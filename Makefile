@@ -66,12 +66,14 @@ setup: $(READY)  ## make .venv with what requirements.txt pins; in an environmen
 
 upscale: $(READY)  ## the main job: grow MODEL by PLAN and write it to OUT
 	@$(PY) -m solar.upscale --model "$(MODEL)" --out "$(OUT)" --plan "$(PLAN)" $(ARGS)
+ifeq ($(filter --dry-run,$(ARGS)),)
 	@echo
 ifeq ($(PYTHON)$(ACTIVE),)
 	@echo "activate the environment:  source .venv/bin/activate"
 endif
 	@echo 'then try the model:        $(if $(PYTHON),$(PYTHON),python) generate.py$(if $(filter-out out/solar,$(OUT)), --model "$(OUT)") --prompt "Mia has 12 shells and finds 7 more. Then Mia gives 5 shells to Tom. How many shells does Mia have left?"'
 	@echo 'and train it:              $(if $(PYTHON),$(PYTHON) -m torch.distributed.run,torchrun) train.py$(if $(filter-out out/solar,$(OUT)), --model "$(OUT)")'
+endif
 
 out/solar/config.json: | $(READY)
 	@$(PY) -m solar.upscale --model solar/assets/base --out out/solar --plan dus

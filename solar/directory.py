@@ -107,6 +107,10 @@ class CheckpointReader:
     """
 
     def __init__(self, path: str | Path):
+        if path == "":  # which Path takes for the current directory
+            raise FileNotFoundError(
+                "the path of the model is empty; a model is a directory with config.json or params.json"
+            )
         self.path = Path(path)
         if not self.path.is_dir():
             what = "is not a directory" if self.path.exists() else "no such directory"

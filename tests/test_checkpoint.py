@@ -643,6 +643,8 @@ def test_a_release_in_two_parts_may_not_repeat_a_tensor(tmp_path):
 
 
 def test_a_path_that_is_no_model(tmp_path):
+    with pytest.raises(FileNotFoundError, match="the path of the model is empty"):
+        CheckpointReader("")
     with pytest.raises(FileNotFoundError, match="none: no such directory"):
         load_model(tmp_path / "none")
     (tmp_path / "file").write_text("")

@@ -76,6 +76,11 @@ def test_bare_make_upscale_says_what_it_did_and_what_to_type_next(checkout):
     assert again.stdout.startswith("Mia has 12 shells")
 
 
+def test_a_dry_run_does_not_say_to_try_what_is_not_there(checkout):
+    done = shell(checkout[0], "make upscale OUT=out/none ARGS='--dry-run --model-type keep'")
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "dry run: nothing written")
+
+
 def test_make_upscale_twice_does_not_overwrite(checkout):
     tree, _ = checkout
     again = shell(tree, "make upscale")
