@@ -12,6 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import solar
+
+if __name__ == "__main__":
+    solar.interruptible()
+
 import torch
 
 from kernels import CHOICES, select

@@ -21,3 +21,20 @@ The reading order of this repository:
 
 Arrows between modules point down only; tests/test_layout.py holds its table of layers against the imports.
 """
+
+import sys
+
+
+def interruptible() -> None:
+    """Let Ctrl-C end in one line before `cli.run` sees to it: while a command's imports run, which take seconds."""
+
+    def show(kind, error, traceback, otherwise=sys.excepthook):
+        if not issubclass(kind, KeyboardInterrupt):
+            return otherwise(kind, error, traceback)
+        print("interrupted", file=sys.stderr)
+
+    sys.excepthook = show
+
+
+if sys.argv[:1] == ["-m"]:  # `python -m solar.X`, while X is still to be found
+    interruptible()

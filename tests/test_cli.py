@@ -179,6 +179,19 @@ def test_a_stream_of_another_encoding_shows_what_it_can():
         assert (done.returncode, done.stdout, done.stderr) == (0, shown, b"")
 
 
+@pytest.mark.parametrize("command", ["-m solar.perplexity", "-m solar.evaluate", "generate.py"])
+@pytest.mark.parametrize(("error", "said"), [("KeyboardInterrupt", 1), ("ImportError", 5)])
+def test_ctrl_c_during_the_imports_is_one_line(command, error, said, tmp_path):
+    for package in ("numpy", "torch"):
+        (tmp_path / f"{package}.py").write_text(f"raise {error}")
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, env=env, capture_output=True, text=True)
+    if said == 1:
+        assert (done.returncode, done.stderr) == (-signal.SIGINT, "interrupted\n")
+    else:
+        assert done.stderr.count("\n") >= said  # another error keeps its traceback
+
+
 def test_a_bug_keeps_its_traceback():
     script = "from solar import cli\ncli.run(lambda: 1 / 0)"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
