@@ -94,7 +94,7 @@ def test_marks_are_counted_by_family():
 
 def test_an_unknown_command_is_named(monkeypatch):
     monkeypatch.setattr("sys.argv", ["solar.base", "bake"])
-    with pytest.raises(ValueError, match="'bake' is not one of begin, examine, embed"):
+    with pytest.raises(ValueError, match="'bake' is no command; give a command: begin, examine, embed"):
         base.main()
 
 
