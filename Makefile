@@ -71,7 +71,7 @@ ifeq ($(filter --dry-run,$(ARGS)),)
 ifeq ($(PYTHON)$(ACTIVE),)
 	@echo "activate the environment:  source .venv/bin/activate"
 endif
-	@echo 'then try the model:        $(if $(PYTHON),$(PYTHON),python) generate.py$(if $(filter-out out/solar,$(OUT)), --model "$(OUT)") --prompt "Mia has 12 shells and finds 7 more. Then Mia gives 5 shells to Tom. How many shells does Mia have left?"'
+	@echo 'then try the model:        $(if $(PYTHON),$(PYTHON),python) generate.py$(if $(filter-out out/solar,$(OUT)), --model "$(OUT)") --prompt "A shop has 12 shells. In the morning 7 shells arrive, and by the evening 5 are sold. How many shells remain?"'
 	@echo 'and train it:              $(if $(PYTHON),$(PYTHON) -m torch.distributed.run,torchrun) train.py$(if $(filter-out out/solar,$(OUT)), --model "$(OUT)")'
 endif
 

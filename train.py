@@ -17,6 +17,11 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import solar
+
+if __name__ == "__main__":
+    solar.interruptible()
+
 import torch
 from torch import Tensor
 

@@ -73,7 +73,7 @@ def test_bare_make_upscale_says_what_it_did_and_what_to_type_next(checkout):
     assert done.stdout.splitlines()[-1].endswith("torchrun train.py")
     again = shell(tree, typed_next + " --max-new-tokens 4")
     assert again.returncode == 0, again.stderr
-    assert again.stdout.startswith("Mia has 12 shells")
+    assert again.stdout.startswith("A shop has 12 shells")
 
 
 def test_a_dry_run_does_not_say_to_try_what_is_not_there(checkout):
