@@ -36,7 +36,16 @@ import torch
 from torch import Tensor
 
 from kernels.attention import MAX_HEAD_DIM, check_attention
-from kernels.launch import CompileCase, Config, architecture, check_tensors, tl, triton, why_not
+from kernels.launch import (
+    CompileCase,
+    Config,
+    architecture,
+    check_tensors,
+    has_aligned_rows,
+    tl,
+    triton,
+    why_not,
+)
 
 MAX_ROWS = 32  # G * T, beyond which attention by blocks of queries does as well
 
@@ -60,6 +69,19 @@ MERGE_CONFIGS = dict.fromkeys(CONFIGS, Config({"BLOCK_SPLITS": 16}, num_warps=4,
 # The number that stands for -inf as the maximum of no scores: it is finite, so that a difference of two maxima never is
 # inf - inf, and exp2 of (a masked score, -inf) minus it is 0 as it should be.
 LOWEST = tl.constexpr(-3.0e38)
+
+
+@triton.jit
+def _rows(pointer, at, stride, e, ALIGNED: tl.constexpr):
+    """Pointers to the columns e of the rows `at`.
+
+    The compiler takes a stride for a multiple of 16 elements or of one. Rows of 72 are neither, but start at multiples
+    of 16 bytes: unless that is said, their loads are too narrow to run ahead, and each block is waited for.
+    """
+    pointers = pointer + at[:, None] * stride + e[None, :]
+    if ALIGNED:
+        pointers = tl.max_contiguous(tl.multiple_of(pointers, (16, 16)), (1, e.shape[0]))
+    return pointers
 
 
 @triton.jit(
@@ -95,6 +117,7 @@ def _decode_split(
     keys_per_split,
     splits,
     HEAD_DIM: tl.constexpr,
+    ALIGNED: tl.constexpr,  # every row of k and v starts at a multiple of 16 bytes
     BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -125,7 +148,7 @@ def _decode_split(
     for first in range(low, high, BLOCK_N):
         # Where the last block has no more keys it reads its last one again, which the mask hides.
         at = tl.minimum(n, high - 1 - first)
-        keys = tl.load(k_ptr + at[:, None] * stride_kn + e[None, :], mask=in_e[None, :], other=0.0)
+        keys = tl.load(_rows(k_ptr, at, stride_kn, e, ALIGNED), mask=in_e[None, :], other=0.0)
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
         j = first + n[None, :]
         scores = tl.where((j <= newest) & (j >= oldest), scores, float("-inf"))
@@ -136,7 +159,7 @@ def _decode_split(
         weights = tl.exp2(scores - m_next[:, None])
         shrink = tl.exp2(m - m_next)
         l_columns = l_columns * shrink[:, None] + weights
-        values = tl.load(v_ptr + at[:, None] * stride_vn + e[None, :], mask=in_e[None, :], other=0.0)
+        values = tl.load(_rows(v_ptr, at, stride_vn, e, ALIGNED), mask=in_e[None, :], other=0.0)
         o = tl.dot(weights.to(values.dtype), values, o * shrink[:, None], input_precision="ieee")
         m = m_next
         k_ptr += BLOCK_N * stride_kn
@@ -302,6 +325,7 @@ def _decode_attention(
         _decode_split[(splits, K, B)](
             *(q, k, v, document_ids, key_document_ids, o, m, l, *strides, E**-0.5 * math.log2(math.e), G, *lengths),
             HEAD_DIM=E,
+            ALIGNED=has_aligned_rows(k) and has_aligned_rows(v),
             BLOCK_E=block_e,
             BLOCK_M=block_m,
             **config.constants,
@@ -329,7 +353,8 @@ def _(q, k, v, window, document_ids, key_document_ids):
 
 
 def compile_cases() -> list[CompileCase]:
-    """Both kernels for head_dim 32 to 256, bf16 and fp32; the first with few rows and many, documents and none."""
+    """Both kernels for head_dim 32 to 256, bf16 and fp32; the first with few rows and many, documents and none, and for
+    rows of 72, whose stride is no multiple of 16 elements."""
     cases = []
     strides = [f"stride_{x}{dim}" for x, dims in (("q", "bht"), ("k", "bhn"), ("v", "bhn")) for dim in dims]
     integers = ["stride_ib", "stride_it", "stride_jb", "G", "T", "S", "window", "start", "keys_per_split", "splits"]
@@ -337,7 +362,7 @@ def compile_cases() -> list[CompileCase]:
     ids = ("ids_ptr", "key_ids_ptr")
     shapes = [(32, 16, True), (64, 16, False), (64, MAX_ROWS, True)]
     shapes += [(128, 16, False), (128, 16, True), (128, MAX_ROWS, False)]
-    shapes += [(256, 16, False), (256, MAX_ROWS, True)]
+    shapes += [(256, 16, False), (256, MAX_ROWS, True), (72, 16, True)]
     for name in CONFIGS:
         for E, rows, documents in shapes:
             pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), "*bf16") | partials
@@ -347,11 +372,12 @@ def compile_cases() -> list[CompileCase]:
                 name=f"decode_split E{E} M{rows}" + " documents" * documents,
                 architecture=name,
                 signature=pointers | dict.fromkeys([*strides, *integers], "i32") | {"scale": "fp32"},
-                config=_config(name, E, 2, rows),
-                constants={"HEAD_DIM": E, "BLOCK_E": E, "BLOCK_M": rows} | ({} if documents else dict.fromkeys(ids)),
-                divisible=(*pointers, *strides),
+                config=_config(name, _block_e(E), 2, rows),
+                constants={"HEAD_DIM": E, "BLOCK_E": _block_e(E), "BLOCK_M": rows, "ALIGNED": True}
+                | ({} if documents else dict.fromkeys(ids)),
+                divisible=(*pointers, *(strides if E % 16 == 0 else [])),
             )
-            cases += [case, case.in_fp32(_config(name, E, 4, rows))]
+            cases += [case, case.in_fp32(_config(name, _block_e(E), 4, rows))]
         for E in (32, 64, 128, 256):
             y_strides = ["stride_yb", "stride_yh", "stride_yt"]
             case = CompileCase(

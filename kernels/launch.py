@@ -61,6 +61,7 @@ class CompileCase:
     config: Config
     constants: Mapping[str, object] = field(default_factory=dict)  # those that no Config sets: head_dim, flags
     divisible: tuple[str, ...] = ()
+    slow: bool = False  # a neighbour of other cases, left to `make test-full`
 
     def in_fp32(self, config: Config | None = None) -> "CompileCase":
         """The same kernel with fp32 tensors for bf16 ones, and their own configuration if they have one."""
@@ -115,3 +116,9 @@ def check_tensors(operation: str, one_dtype: bool = True, **tensors: torch.Tenso
             raise ValueError(
                 f"{operation}: the last dimension of {name} must be contiguous, its stride is {t.stride(-1)}"
             )
+
+
+def has_aligned_rows(x: torch.Tensor) -> bool:
+    """Whether every row of x (..., E) lies together and starts at a multiple of 16 bytes, as loads of 16 bytes need."""
+    starts = [x.data_ptr(), *(x.stride(at) * x.element_size() for at in range(x.ndim - 1) if x.shape[at] > 1)]
+    return x.stride(-1) == 1 and all(start % 16 == 0 for start in starts)
