@@ -5,13 +5,13 @@ machine; so does one whose matrix products do not become the tensor-core instruc
 """
 
 import importlib
+import io
 import itertools
 import pkgutil
 import re
-import subprocess
 import sys
-import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from multiprocessing import get_context
@@ -46,7 +46,7 @@ class Figures:
 
     def row(self) -> str:
         return (
-            f"{self.kernel:<42} {self.architecture:<7} {self.config:<60} {self.registers:>5} {self.spilled:>7} "
+            f"{self.kernel:<52} {self.architecture:<7} {self.config:<60} {self.registers:>5} {self.spilled:>7} "
             f"{self.lanes:>5} {self.shared:>8} {self.instructions}"
         )
 
@@ -55,16 +55,16 @@ class Figures:
 NARROW = re.compile(r"(arith\.(add|sub|mul|div|rem|neg|maximum|minimum|maxnum|minnum)f|math\.\w+)\b.*(x|: )b?f16\b")
 
 HEAD = (
-    f"{'kernel':<42} {'arch':<7} {'configuration':<60} {'regs':>5} {'spilled':>7} {'lanes':>5} {'shared B':>8} products"
+    f"{'kernel':<52} {'arch':<7} {'configuration':<60} {'regs':>5} {'spilled':>7} {'lanes':>5} {'shared B':>8} products"
 )
 
 
-def all_cases() -> list[tuple[str, int]]:
-    """(module, index) of every compile case: what can be sent to another process."""
+def all_cases(slow: bool = False) -> list[tuple[str, int]]:
+    """(module, index) of every usual compile case, or every slow one: what can be sent to another process."""
     found = []
     for module in pkgutil.iter_modules(kernels.__path__, "kernels."):
-        cases = getattr(importlib.import_module(module.name), "compile_cases", None)
-        found += [(module.name, index) for index in range(len(cases()))] if cases else []
+        cases = getattr(importlib.import_module(module.name), "compile_cases", list)()
+        found += [(module.name, index) for index, case in enumerate(cases) if case.slow == slow]
     return found
 
 
@@ -75,6 +75,7 @@ def compile_one(module: str, index: int) -> Figures:
 def figures_of(case: launch.CompileCase) -> Figures:
     """Compile one case and read the figures from what comes out."""
     from triton import compile as triton_compile
+    from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -91,7 +92,9 @@ def figures_of(case: launch.CompileCase) -> Figures:
     number = case.architecture if amd else int(case.architecture.removeprefix("sm_"))
     target = GPUTarget("hip", number, 64) if amd else GPUTarget("cuda", number, 32)
     options = {"num_warps": case.config.num_warps, "num_stages": case.config.num_stages}
-    compiled = triton_compile(source, target=target, options=options)
+    with knobs.runtime.scope(), knobs.nvidia.scope():
+        knobs.runtime.add_stages_inspection_hook, knobs.nvidia.dump_ptxas_log = _keep_the_log, True
+        compiled = triton_compile(source, target=target, options=options)
     told = ", ".join(f"{key}={value}" for key, value in {**case.config.constants, **options}.items())
     told = told.replace("num_warps", "warps").replace("num_stages", "stages")
     read = _read_amd if amd else _read_nvidia
@@ -99,18 +102,24 @@ def figures_of(case: launch.CompileCase) -> Figures:
     return Figures(case.name, case.architecture, told, *read(compiled, case.architecture), narrow)
 
 
-def _read_nvidia(compiled, architecture: str) -> tuple[int, int, int, int, str]:
-    from triton.backends import nvidia
+def _keep_the_log(backend=None, stages=None, options=None, language=None, capability=None):
+    """Triton's hook: the metadata keep what ptxas says, run once and with Triton's own flags, in its cache, too."""
+    if stages is None:
+        return "ptxas log", "ptxas log"  # part of the key in the cache
+    if "cubin" in stages:
+        assemble = stages["cubin"]
 
-    ptx = compiled.asm["ptx"]
-    folder = Path(nvidia.__file__).parent if nvidia.__file__ else Path(next(iter(nvidia.__path__)))
-    assembler = folder / "bin" / ("ptxas-blackwell" if architecture == "sm_100" else "ptxas")
-    target = re.search(r"^\.target (\w+)", ptx, flags=re.MULTILINE).group(1)
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
-        command = [assembler, "-v", f"--gpu-name={target}", file.name, "-o", "/dev/null"]
-        told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        def assemble_and_keep(ptx, metadata):
+            with redirect_stdout(io.StringIO()) as told:
+                cubin = assemble(ptx, metadata)
+            metadata["ptxas_log"] = told.getvalue()
+            return cubin
+
+        stages["cubin"] = assemble_and_keep
+
+
+def _read_nvidia(compiled, _: str) -> tuple[int, int, int, int, str]:
+    ptx, told = compiled.asm["ptx"], compiled.metadata.ptxas_log
     registers = int(re.search(r"Used (\d+) registers", told).group(1))
     spilled = max(map(int, re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", told)))
     kinds = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
@@ -130,9 +139,9 @@ def _read_amd(compiled, _: str) -> tuple[int, int, int, int, str]:
     return field("vgpr_count"), spilled, lanes, compiled.metadata.shared, "mfma" if "v_mfma" in text else "-"
 
 
-@pytest.fixture(scope="module")
-def figures(print_at_the_end) -> list[Figures]:
-    cases = all_cases()
+@pytest.fixture(scope="module", params=["usual", pytest.param("slow", marks=pytest.mark.slow)])
+def figures(request, print_at_the_end) -> list[Figures]:
+    cases = all_cases(request.param == "slow")
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         found = list(pool.map(compile_one, *zip(*cases, strict=True)))
     print_at_the_end += [HEAD, *(figure.row() for figure in found)]
@@ -168,14 +177,41 @@ def test_elementwise_arithmetic_is_fp32(figures):
     assert not [(figure.row(), figure.narrow[0]) for figure in figures if figure.narrow]
 
 
-def test_no_row_is_missing(figures):
+def test_no_row_is_missing():
     """Each kernel is there for each architecture that the configurations are for, in 16 and in 32 bits."""
-    rows = {(figure.kernel.split(" ")[0], figure.architecture, figure.kernel.endswith(" fp32")) for figure in figures}
+    rows = set()
+    for module, index in all_cases():
+        case = importlib.import_module(module).compile_cases()[index]
+        rows.add((case.name.split(" ")[0], case.architecture, case.name.endswith(" fp32")))
     kernels_named = {kernel for kernel, _, _ in rows}
     assert not set(itertools.product(kernels_named, launch.ARCHITECTURES, (False, True))) - rows
     assert {module for module, _ in all_cases()} == {
-        f"kernels.{name}" for name in ("attention", "decode", "logprobs", "rmsnorm", "rotary", "swiglu")
+        f"kernels.{name}" for name in ("attention_triton", "decode", "logprobs", "rmsnorm", "rotary", "swiglu")
     }
+
+
+def test_attention_is_there_with_every_pair_of_masks():
+    """In `make test` for head_dim 64 and 128 in 16 bits, in `make test-full` for every width, filled and padded."""
+    cases = importlib.import_module("kernels.attention_triton").compile_cases()
+    for slow, widths in ((False, (64, 128)), (True, (8, 16, 24, 32, 40, 64, 80, 128, 160, 256))):
+        names = {(case.architecture, case.name) for case in cases if slow or not case.slow}
+        masks = ("", " window", " documents", " window documents")
+        kernels_named = ("attention_forward", "attention_backward_queries", "attention_backward_keys")
+        for arch, kernel, E, mask in itertools.product(launch.ARCHITECTURES, kernels_named, widths, masks):
+            assert (arch, f"{kernel} E{E}{mask}") in names
+
+
+@pytest.mark.parametrize("architecture", launch.ARCHITECTURES)
+def test_decoding_loads_ahead_whatever_the_head_dim(architecture):
+    """Rows of 72 take as much shared memory, for blocks on their way, as those of 128, to which they are padded."""
+    cases = importlib.import_module("kernels.decode").compile_cases()
+    shared = [
+        figures_of(case).shared
+        for case in cases
+        if (case.architecture, case.name) in {(architecture, f"decode_split E{E} M16 documents") for E in (72, 128)}
+    ]
+    assert len(shared) == 2
+    assert shared[0] == shared[1]
 
 
 def test_attention_uses_the_tensor_cores(figures):

@@ -11,14 +11,16 @@ from torch.library import opcheck
 from tests.oracle import attention_rounded, hold, outputs_and_gradients
 
 A = importlib.import_module("kernels.attention")  # the package has a function of this name
+KERNELS = importlib.import_module("kernels.attention_triton")
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Blocks so small that a few dozen positions have full, diagonal and ragged ones."""
     blocks = {"forward": (32, 16), "queries": (16, 32), "keys": (16, 32)}
-    monkeypatch.setattr(A, "_config", lambda kernel, q, width: A._tiles(*blocks[kernel], 4, 1, scan=64))
-    monkeypatch.setattr(A, "PAD", 32)
+    monkeypatch.setattr(KERNELS, "_config", lambda kernel, q, width: KERNELS._tiles(*blocks[kernel], 4, 1))
+    monkeypatch.setattr(KERNELS, "PAD", 32)
+    monkeypatch.setattr(KERNELS, "SCAN", 64)
 
 
 def inputs(B, H, K, T, S, E, dtype, seed=0):
@@ -98,9 +100,10 @@ def test_nothing_is_read_before_the_first_query():
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("scan", [0, 16])
-def test_ways_to_look_at_the_ids(scan, monkeypatch):
-    monkeypatch.setattr(A, "_config", lambda kernel, q, width: A._tiles(16, 16, 4, 1, scan))
+@pytest.mark.parametrize("scan", [16, 128])
+def test_ids_are_looked_at_in_many_steps_or_one(scan, monkeypatch):
+    monkeypatch.setattr(KERNELS, "_config", lambda kernel, q, width: KERNELS._tiles(16, 16, 4, 1))
+    monkeypatch.setattr(KERNELS, "SCAN", scan)
     ids = packed(1, (30, 37))
     check(*inputs(1, 1, 1, 40, 67, 16, torch.float32), None, ids[:, 27:], ids)
 
@@ -190,8 +193,8 @@ def test_reference_has_the_gradient_of_its_formula():
 
 
 def test_operators(monkeypatch, empty_is_anything):
-    monkeypatch.setattr(A, "_config", lambda kernel, q, width: A._tiles(16, 16, 4, 1))
-    monkeypatch.setattr(A, "PAD", 16)
+    monkeypatch.setattr(KERNELS, "_config", lambda kernel, q, width: KERNELS._tiles(16, 16, 4, 1))
+    monkeypatch.setattr(KERNELS, "PAD", 16)
     q, k, v = inputs(1, 1, 1, 3, 5, 16, torch.float32)
     ids = packed(1, (2, 3))
     leaves = [t.detach().requires_grad_() for t in (q, k, v)]
@@ -201,7 +204,7 @@ def test_operators(monkeypatch, empty_is_anything):
 
 
 def test_compiles_as_one_graph(monkeypatch, empty_is_anything):
-    monkeypatch.setattr(A, "_config", lambda kernel, q, width: A._tiles(16, 16, 4, 1))
+    monkeypatch.setattr(KERNELS, "_config", lambda kernel, q, width: KERNELS._tiles(16, 16, 4, 1))
     q, k, v = inputs(1, 2, 1, 9, 12, 16, torch.float32)
     compiled = torch.compile(A.attention_triton, fullgraph=True, backend="aot_eager")
     for ours, eager in zip(*(run(form, q, k, v, q.cos(), 5) for form in (compiled, A.attention_triton)), strict=True):
