@@ -64,9 +64,13 @@ class CompileCase:
     slow: bool = False  # a neighbour of other cases, left to `make test-full`
 
     def in_fp32(self, config: Config | None = None) -> "CompileCase":
-        """The same kernel with fp32 tensors for bf16 ones, and their own configuration if they have one."""
+        """The same kernel with fp32 tensors for bf16 ones, and their own configuration if they have one.
+
+        Models on a GPU run in 16 bits: fp32 is usual only where shared memory is least, and slow elsewhere.
+        """
+        slow = self.slow or self.architecture != "sm_80"
         signature = {name: "*fp32" if kind == "*bf16" else kind for name, kind in self.signature.items()}
-        return replace(self, name=f"{self.name} fp32", signature=signature, config=config or self.config)
+        return replace(self, name=f"{self.name} fp32", signature=signature, config=config or self.config, slow=slow)
 
 
 @functools.cache
