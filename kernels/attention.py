@@ -148,11 +148,36 @@ def attention_torch(
     mask, is_causal = None, False
     if document_ids is None and within and (T == S or T == 1):
         is_causal = T > 1  # is_causal aligns the mask top-left, which is right only for T = S; one query sees every key
+    elif document_ids is None and within and _can_join(q, k, v):
+        return _behind_earlier_keys(q, k, v)
     else:
         mask = visible(T, S, None if within else window, document_ids, key_document_ids, q.device)
     if T == 1 and H != K:
         return F.scaled_dot_product_attention(q.reshape(B, K, H // K, E), k, v, attn_mask=mask).reshape(B, H, 1, E)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=H != K)
+
+
+def _can_join(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether torch's kernel for CPUs can be asked for its logsumexp: a private operator, here without a gradient."""
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    there = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
+    return there and q.device.type == "cpu" and q.dtype != torch.float64 and not learns
+
+
+def _behind_earlier_keys(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of a chunk of a prompt, T < S, without a mask.
+
+    The queries see all S - T earlier keys, which takes none, and of the chunk's own T keys the lower half, which is
+    torch's causal form and skips the upper one. By (3) the two results belong together in proportion to exp(lse). For
+    1,024 queries and 8,192 keys this takes 0.78 of the time with a mask in fp32, and 0.88 in bf16 (a Zen 4).
+    """
+    G, earlier = q.shape[1] // k.shape[1], k.shape[2] - q.shape[2]
+    k, v = (t.repeat_interleave(G, dim=1) for t in (k, v))
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    y, lse = flash(q, k[:, :, :earlier], v[:, :, :earlier])
+    own, own_lse = flash(q, k[:, :, earlier:], v[:, :, earlier:], is_causal=True)
+    share = torch.sigmoid(own_lse - lse)[..., None]
+    return torch.lerp(y.to(share.dtype), own.to(share.dtype), share).to(q.dtype)
 
 
 def attention_triton(

@@ -410,6 +410,20 @@ def test_attention_of_any_shape(data):
         torch.testing.assert_close(ours, wanted, **NEAR[torch.float64])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize(("T", "S", "E"), [(2, 3, 8), (5, 6, 24), (7, 70, 64), (33, 600, 40), (600, 633, 16)])
+def test_a_chunk_behind_earlier_keys_is_two_softmaxes_in_one(T, S, E, dtype, monkeypatch):
+    q, k, v = heads(B=2, K=2, G=3, T=T, S=S, E=E, dtype=dtype)
+    k[:, :, : S - T] *= 3  # so that neither part counts for nothing
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *_, **__: pytest.fail("with a mask"))
+    with torch.no_grad():
+        found = attention_torch(q, k, v)
+    assert found.dtype == dtype
+    expected = attention_reference(q.double(), k.double(), v.double())
+    limit = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+    assert (found.double() - expected).abs().max() < limit
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES])
 @pytest.mark.parametrize("form", [attention_reference, attention_torch])
 def test_a_query_that_sees_one_key_returns_its_value(form, dtype):
