@@ -727,7 +727,7 @@ def test_the_config_line_says_a_cast_and_a_tokenizer_is_missed_only_where_there_
 # Imports torch once, then runs each command in a process of its own as `python -m MODULE` would; and spares each the
 # second that Python takes to tidy up after torch.
 NURSERY = """
-import gc, json, os, resource, runpy, sys, traceback
+import gc, json, os, resource, runpy, signal, sys, traceback
 sys.path.insert(0, os.getcwd())
 import solar.checkpoint
 gc.freeze()
@@ -747,6 +747,8 @@ for line in sys.stdin:
     try:
         runpy.run_module(job["module"], run_name="__main__", alter_sys=True)
     except SystemExit as leaving:
+        for number in (signal.SIGINT, signal.SIGTERM):  # the command is over; what follows is the nursery's
+            signal.signal(number, signal.SIG_IGN)
         code = leaving.code
     except BaseException:
         traceback.print_exc()
